@@ -1,0 +1,181 @@
+// The engine as the server sees it: requests in, tokens out, a precision target, a stats snapshot.
+// One thread of the engine's own runs the walk: drain submits and cancels, read the precision
+// target, schedule, one forward pass, sample, hand tokens to sinks. Every public method is
+// thread-safe and returns without waiting for that thread, except where it says otherwise.
+#ifndef MOBI_ENGINE_ENGINE_H_
+#define MOBI_ENGINE_ENGINE_H_
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "engine/base/clock.h"
+#include "kernels/backend.h"
+
+namespace mobi {
+
+class Model;
+
+using RequestId = uint64_t;
+
+struct SamplingParams {
+  float temperature = 1.0f;  // 0: greedy
+  float top_p = 1.0f;
+  int top_k = 0;  // 0: off
+  float min_p = 0.0f;
+  float repetition_penalty = 1.0f;  // over prompt and completion
+  float presence_penalty = 0.0f;    // over the completion
+  float frequency_penalty = 0.0f;   // over the completion
+  uint64_t seed = 0;                // the caller draws one when the user gave none
+  std::vector<std::pair<int32_t, float>> logit_bias;
+};
+
+// What precision a request accepts, in average bits. The engine's target is clamped into
+// [min_bits, max_bits]; equal bounds pin it, and then neither load nor company changes a bit of it.
+struct PrecisionBand {
+  float min_bits = 2.0f;
+  float max_bits = 8.0f;
+  bool pinned() const { return min_bits == max_bits; }
+};
+
+struct GenerationRequest {
+  std::vector<int32_t> prompt;  // not empty, ids below vocab_size
+  int max_new_tokens = 16;      // 0: only the prompt is read (scoring)
+  int n = 1;                    // completions that share the prompt
+  SamplingParams sampling;
+  PrecisionBand precision;
+  std::vector<int32_t> stop_ids;  // end a completion and are not part of it
+  bool ignore_eos = false;
+  int top_logprobs = 0;  // per completion token, 0..kMaxTopLogprobs
+  bool prompt_logprobs = false;
+  int priority = 0;  // higher goes first
+  TimePoint deadline = TimePoint::max();
+  std::string tenant;
+  std::string cache_salt;
+};
+
+struct TokenEvent {
+  int index = 0;  // completion, 0..n-1
+  int32_t token = 0;
+  float logprob = 0;
+  const TopLogprobs* top = nullptr;  // top_logprobs entries, valid during the call
+  float effective_bits = 0;          // average bits per weight that this token's step used for it
+};
+
+enum class FinishReason { kStop, kLength, kCancelled, kDeadline, kError };
+
+struct Usage {
+  int prompt_tokens = 0;
+  int cached_tokens = 0;
+  int completion_tokens = 0;  // over all n
+};
+
+struct Timings {
+  Duration queue{};    // submit to first scheduled
+  Duration prefill{};  // first scheduled to first token
+  Duration decode{};   // first token to last
+};
+
+// Sent once per completion (kStop, kLength); a request's end is OnDone.
+struct CompletionEnd {
+  int index = 0;
+  FinishReason reason = FinishReason::kStop;
+  std::optional<int32_t> stop_id;
+};
+
+struct RequestEnd {
+  absl::Status status;  // OK unless the request was ended before its completions were
+  FinishReason reason = FinishReason::kStop;
+  Usage usage;
+  Timings timings;
+  double mean_effective_bits = 0;  // over prompt and completion tokens computed for the request
+};
+
+// Receives one request's results on the engine's thread, in order; never blocks it. Must outlive
+// OnDone, which is called exactly once, last.
+class TokenSink {
+ public:
+  virtual ~TokenSink() = default;
+  // log p(prompt[i] | prompt[..i-1]) for i = first, first + 1, ...; first >= 1.
+  virtual void OnPromptLogprobs(int first, absl::Span<const float> logprobs) {
+    (void)first, (void)logprobs;
+  }
+  // False ends this completion here as kStop (a stop string matched); the token counts.
+  virtual bool OnToken(const TokenEvent& event) = 0;
+  virtual void OnCompletionEnd(const CompletionEnd& end) { (void)end; }
+  virtual void OnDone(const RequestEnd& end) = 0;
+};
+
+// What the controller asks of the data plane.
+struct PrecisionTarget {
+  float target_bits = 8.0f;
+  // Correction of the inner loop, added to log(price) at the target.
+  float log_price_trim = 0.0f;
+};
+
+struct EngineOptions {
+  int block_size = 16;
+  int max_num_seqs = 64;              // sequences in one step
+  int max_num_batched_tokens = 512;   // tokens in one step
+  int max_model_len = 0;              // 0: the model's max_position_embeddings
+  int num_kv_blocks = 0;              // 0: from kv_memory_bytes
+  size_t kv_memory_bytes = 256 << 20;  // device memory given to KV blocks
+  int max_waiting_requests = 256;
+  int max_waiting_tokens = 1 << 18;  // prompt tokens in the queue
+  Duration max_queue_wait = std::chrono::seconds(10);
+  // Decode tokens of a step share levels (memory-bound machines); off: every token for itself.
+  bool coherent_decode = false;
+};
+
+// Counters only grow; gauges are of the last step. Sums are over tokens computed (prompt and
+// completion), so an average over any window is a difference of two snapshots.
+struct EngineStats {
+  int waiting_requests = 0;
+  int64_t waiting_tokens = 0;
+  int running_requests = 0;
+  int num_kv_blocks = 0;
+  int free_kv_blocks = 0;
+  uint64_t steps = 0;
+  uint64_t prompt_tokens = 0;
+  uint64_t generation_tokens = 0;
+  uint64_t preemptions = 0;
+  uint64_t prefix_cache_queries = 0;  // tokens looked up
+  uint64_t prefix_cache_hits = 0;     // tokens found
+  double effective_bits_sum = 0;      // over tokens; divide by effective_tokens
+  uint64_t effective_tokens = 0;
+  double loaded_bits_sum = 0;  // over steps: bits of weights moved, per weight; divide by steps
+  double step_seconds_sum = 0;
+  double last_step_seconds = 0;
+  float target_bits = 8.0f;
+  float price = 0;  // at the target, trim included
+  bool failed = false;  // the backend reported a fault; no step runs any more
+};
+
+class Engine {
+ public:
+  // Allocates everything that serving needs: RESOURCE_EXHAUSTED says what does not fit.
+  // `model`, `backend` and `clock` outlive the engine and belong to its thread from now on.
+  static absl::StatusOr<std::unique_ptr<Engine>> Create(const EngineOptions& options, Model& model,
+                                                        Backend& backend, const Clock& clock);
+  // Ends what still runs as kCancelled with UNAVAILABLE, then joins the thread.
+  virtual ~Engine() = default;
+
+  // INVALID_ARGUMENT: the request can never run (too long, ids out of range).
+  // RESOURCE_EXHAUSTED: the queue is full. UNAVAILABLE: the engine has failed or is stopping.
+  // On an error the sink is never called.
+  virtual absl::StatusOr<RequestId> Submit(GenerationRequest request, TokenSink* sink) = 0;
+  // Takes effect before the next step; unknown ids are ignored. The sink hears OnDone.
+  virtual void Cancel(RequestId id) = 0;
+  virtual void SetPrecision(const PrecisionTarget& target) = 0;
+  virtual EngineStats stats() const = 0;
+  virtual int max_model_len() const = 0;
+};
+
+}  // namespace mobi
+
+#endif  // MOBI_ENGINE_ENGINE_H_
