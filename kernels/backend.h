@@ -2,10 +2,10 @@
 // machine (kernels/cpu, kernels/cuda); the model is written once above it. A virtual call costs
 // nanoseconds beside a kernel.
 //
-// Contract. One thread owns a Backend. Tensors and pointers given to ops lie in the backend's memory
-// (Allocate) and must stay valid until Synchronize. Ops return at once and run in call order; a
-// fault is sticky and is reported by Synchronize. Activations have activation_dtype(); sums are
-// fp32. Nothing is allocated by an op, so the first step costs what the thousandth does.
+// Contract. One thread owns a Backend. Tensors and pointers given to ops lie in the backend's
+// memory (Allocate) and must stay valid until Synchronize. Ops return at once and run in call
+// order; a fault is sticky and is reported by Synchronize. Activations have activation_dtype();
+// sums are fp32. Nothing is allocated by an op, so the first step costs what the thousandth does.
 // Every op computes a token's result in an order that does not depend on the other tokens of the
 // batch (batch invariance), on the CPU as on CUDA.
 #ifndef MOBI_KERNELS_BACKEND_H_
@@ -73,7 +73,7 @@ struct RoutingBatch {
 // The sequences of a step. Tokens of one sequence are consecutive rows.
 struct AttentionBatch {
   int num_seqs = 0;
-  int max_query_len = 0;    // upper bounds, for the choice of launch
+  int max_query_len = 0;  // upper bounds, for the choice of launch
   int max_context_len = 0;
   const int32_t* query_start = nullptr;  // [num_seqs + 1] first row of each sequence's tokens
   const int32_t* context_len = nullptr;  // [num_seqs] tokens in the cache, this step's included
@@ -174,13 +174,13 @@ class Backend {
   // Waits for everything enqueued; INTERNAL once the device has failed.
   virtual absl::Status Synchronize() = 0;
 
-  // Runs `body`, a series of ops whose pointers are the same for equal keys. A backend may record it
-  // and replay the record instead of calling it again.
+  // Runs `body`, a series of ops whose pointers are the same for equal keys. A backend may record
+  // it and replay the record instead of calling it again.
   virtual void RunStep(const StepKey& key, absl::FunctionRef<void()> body) = 0;
 
   // out[i] = table[ids[i]]; table [vocab, hidden] in any float type.
   virtual void Embed(Tensor table, const int32_t* ids, Tensor out) = 0;
-  // out = x / rms(x) * weight, rms over the columns with eps inside the root; weight is fp32 [1, cols].
+  // out = x / rms(x) * weight, rms over the columns, eps inside the root; weight [1, cols] fp32.
   virtual void RmsNorm(Tensor x, Tensor weight, float eps, Tensor out) = 0;
   // residual += delta; out = RmsNorm(residual).
   virtual void AddRmsNorm(Tensor delta, Tensor weight, float eps, Tensor residual, Tensor out) = 0;
@@ -197,7 +197,7 @@ class Backend {
   // out = x weight^T; weight [out_features, in_features] fp32, fp16 or bf16; out may be fp32.
   virtual void DenseMatmul(Tensor x, Tensor weight, Tensor out) = 0;
   // Rotates q and k of qkv [tokens, (heads + 2 kv_heads) head_dim] in place (halves convention of
-  // Hugging Face's Llama) and writes k and v to rows slots[token] of the cache; slot -1 writes none.
+  // Hugging Face's Llama) and writes k and v to rows slots[token] of the cache; -1 writes none.
   virtual void RopeAndWriteKv(Tensor qkv, const RopeTable& rope, const int32_t* positions,
                               const int32_t* slots, const AttentionShape& shape, KvLayer kv) = 0;
   // Causal attention of each sequence's last query_len tokens over its context.
@@ -222,8 +222,8 @@ class Backend {
 };
 
 struct CpuOptions {
-  int num_threads = 0;      // 0: one per core that this process may use
-  bool reference = false;   // plain scalar loops: the oracle of every other implementation
+  int num_threads = 0;     // 0: one per core that this process may use
+  bool reference = false;  // plain scalar loops: the oracle of every other implementation
 };
 std::unique_ptr<Backend> CreateCpuBackend(const CpuOptions& options);
 

@@ -42,7 +42,8 @@ void UnpackSlices(const uint8_t* const slices[kNumSlices], int64_t rows, int64_t
     for (int64_t col = 0; col < cols; ++col) {
       const BytePosition at = Locate(row, col, cols);
       int code = 0;
-      for (int s = 0; s < level; ++s) code = code << kSliceBits | ((slices[s][at.byte] >> at.shift) & 3);
+      for (int s = 0; s < level; ++s)
+        code = code << kSliceBits | ((slices[s][at.byte] >> at.shift) & 3);
       codes[row * cols + col] = static_cast<uint8_t>(code << (kSliceBits * (kNumSlices - level)));
     }
   }

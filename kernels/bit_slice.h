@@ -36,7 +36,9 @@ inline constexpr int kPairShift[4][2] = {{8, 6}, {4, 2}, {0, 14}, {12, 10}};
 constexpr int BitsOfLevel(int level) { return kSliceBits * level; }
 
 // The leading `level` slices of an 8-bit code: truncation, never re-rounding.
-constexpr int CodeAtLevel(int code, int level) { return code >> (kSliceBits * (kNumSlices - level)); }
+constexpr int CodeAtLevel(int code, int level) {
+  return code >> (kSliceBits * (kNumSlices - level));
+}
 
 // The 2-bit field of slice 0 (most significant) .. 3.
 constexpr int SliceOfCode(int code, int slice) {
@@ -76,7 +78,8 @@ constexpr size_t SliceBytes(int64_t rows, int64_t cols) {
 }
 
 // Packs codes[rows, cols] into four slices of SliceBytes(rows, cols) each; rows of padding are 0.
-void PackSlices(const uint8_t* codes, int64_t rows, int64_t cols, uint8_t* const slices[kNumSlices]);
+void PackSlices(const uint8_t* codes, int64_t rows, int64_t cols,
+                uint8_t* const slices[kNumSlices]);
 
 // Reads `level` slices back into codes[rows, cols]; bits below the level come back as 0.
 void UnpackSlices(const uint8_t* const slices[kNumSlices], int64_t rows, int64_t cols, int level,

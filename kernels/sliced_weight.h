@@ -47,11 +47,11 @@ constexpr int64_t ScaleIndex(int64_t row, int64_t group, int64_t cols) {
 // Backend::Route).
 struct Router {
   int num_hidden = 0;
-  Tensor w1;        // [num_hidden, cols], fp16
-  Tensor b1;        // [1, num_hidden], fp32
-  Tensor u;         // [1, num_hidden], fp32
-  Tensor w2;        // [num_segments * kNumLevels, num_hidden], fp32
-  Tensor b2;        // [1, num_segments * kNumLevels], fp32
+  Tensor w1;  // [num_hidden, cols], fp16
+  Tensor b1;  // [1, num_hidden], fp32
+  Tensor u;   // [1, num_hidden], fp32
+  Tensor w2;  // [num_segments * kNumLevels, num_hidden], fp32
+  Tensor b2;  // [1, num_segments * kNumLevels], fp32
   // What reading a segment at level 1..4 moves: slices and one level's scales.
   std::array<std::array<float, kNumLevels>, kMaxSegments> bytes{};
 };

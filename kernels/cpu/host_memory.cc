@@ -1,0 +1,107 @@
+#include "kernels/cpu/host_memory.h"
+
+#include <sched.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <fstream>
+#include <limits>
+#include <optional>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+
+namespace mobi {
+namespace {
+
+constexpr size_t kAlignment = 256;
+constexpr size_t kHugePage = size_t{2} << 20;
+
+std::optional<size_t> ReadNumber(const std::string& file) {
+  std::ifstream in(file);
+  std::string word;
+  uint64_t value;
+  if (!(in >> word) || !absl::SimpleAtoi(word, &value)) return std::nullopt;  // "max": no limit
+  return value;
+}
+
+// In bytes; 0 when the kernel does not say.
+size_t MemInfoField(std::string_view field) {
+  std::ifstream in("/proc/meminfo");
+  std::string name, unit;
+  size_t kilobytes;
+  while (in >> name >> kilobytes) {
+    std::getline(in, unit);
+    if (name == field) return kilobytes * 1024;
+  }
+  return 0;
+}
+
+// Fault the pages in now. Kernels before 5.14 do not know the request; they fault later.
+void Populate(void* data, size_t bytes) {
+#ifdef MADV_POPULATE_WRITE
+  madvise(data, bytes, MADV_POPULATE_WRITE);
+#else
+  (void)data;
+  (void)bytes;
+#endif
+}
+
+}  // namespace
+
+MemoryInfo HostMemoryInfo() {
+  MemoryInfo info{MemInfoField("MemTotal:"), MemInfoField("MemAvailable:")};
+  const std::string group = "/sys/fs/cgroup/";
+  if (const auto limit = ReadNumber(group + "memory.max"); limit && *limit < info.total) {
+    info.total = *limit;
+    const size_t used = ReadNumber(group + "memory.current").value_or(0);
+    info.free = std::min(info.free, *limit - std::min(*limit, used));
+  }
+  return info;
+}
+
+absl::StatusOr<void*> AllocateHost(size_t bytes, std::string_view what) {
+  const size_t free = HostMemoryInfo().free;
+  const size_t alignment = bytes >= kHugePage ? kHugePage : kAlignment;
+  void* data = nullptr;
+  if (bytes <= free && bytes <= std::numeric_limits<size_t>::max() - alignment) {
+    const size_t rounded = std::max((bytes + alignment - 1) / alignment, size_t{1}) * alignment;
+    data = std::aligned_alloc(alignment, rounded);
+    if (data != nullptr && alignment == kHugePage) {
+      madvise(data, rounded, MADV_HUGEPAGE);
+      Populate(data, rounded);
+    }
+  }
+  if (data == nullptr) {
+    return absl::ResourceExhaustedError(absl::StrCat(
+        std::string(what), ": ", bytes, " bytes of host memory asked, ", free, " free"));
+  }
+  return data;
+}
+
+void FreeHost(void* data) { std::free(data); }
+
+int NumUsableCores() {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  int cores = sched_getaffinity(0, sizeof(set), &set) == 0
+                  ? CPU_COUNT(&set)
+                  : static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN));
+  std::ifstream in("/sys/fs/cgroup/cpu.max");
+  std::string quota;
+  double period = 0;
+  uint64_t microseconds;
+  if (in >> quota >> period && absl::SimpleAtoi(quota, &microseconds) && period > 0) {
+    cores =
+        std::min(cores, static_cast<int>(std::ceil(static_cast<double>(microseconds) / period)));
+  }
+  return std::max(cores, 1);
+}
+
+}  // namespace mobi
