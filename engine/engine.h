@@ -148,6 +148,10 @@ struct EngineStats {
   uint64_t prefix_cache_hits = 0;     // tokens found
   double effective_bits_sum = 0;      // over tokens; divide by effective_tokens
   uint64_t effective_tokens = 0;
+  // The same over tokens of requests whose band holds the target: what the price alone decided, and
+  // so what the controller may correct.
+  double tracked_bits_sum = 0;
+  uint64_t tracked_tokens = 0;
   double loaded_bits_sum = 0;  // over steps: bits of weights moved, per weight; divide by steps
   double step_seconds_sum = 0;
   double last_step_seconds = 0;
