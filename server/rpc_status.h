@@ -4,6 +4,7 @@
 #ifndef MOBI_SERVER_RPC_STATUS_H_
 #define MOBI_SERVER_RPC_STATUS_H_
 
+#include <optional>
 #include <string>
 
 #include "absl/status/status.h"
