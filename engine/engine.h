@@ -40,7 +40,8 @@ struct SamplingParams {
 struct PrecisionBand {
   float min_bits = 2.0f;
   float max_bits = 8.0f;
-  bool pinned() const { return min_bits == max_bits; }
+  int level = 0;  // 1..4: read exactly this level everywhere, whatever the bits say; 0: routed
+  bool pinned() const { return level != 0 || min_bits == max_bits; }
 };
 
 struct GenerationRequest {
@@ -120,10 +121,10 @@ struct PrecisionTarget {
 
 struct EngineOptions {
   int block_size = 16;
-  int max_num_seqs = 64;              // sequences in one step
-  int max_num_batched_tokens = 512;   // tokens in one step
-  int max_model_len = 0;              // 0: the model's max_position_embeddings
-  int num_kv_blocks = 0;              // 0: from kv_memory_bytes
+  int max_num_seqs = 64;               // sequences in one step
+  int max_num_batched_tokens = 512;    // tokens in one step
+  int max_model_len = 0;               // 0: the model's max_position_embeddings
+  int num_kv_blocks = 0;               // 0: from kv_memory_bytes
   size_t kv_memory_bytes = 256 << 20;  // device memory given to KV blocks
   int max_waiting_requests = 256;
   int max_waiting_tokens = 1 << 18;  // prompt tokens in the queue
@@ -156,7 +157,7 @@ struct EngineStats {
   double step_seconds_sum = 0;
   double last_step_seconds = 0;
   float target_bits = 8.0f;
-  float price = 0;  // at the target, trim included
+  float price = 0;      // at the target, trim included
   bool failed = false;  // the backend reported a fault; no step runs any more
 };
 

@@ -174,6 +174,9 @@ class Backend {
   // Waits for everything enqueued; INTERNAL once the device has failed.
   virtual absl::Status Synchronize() = 0;
 
+  // How many rows a step of `num_decodes` one-token sequences is padded to, so that captured steps
+  // are few. Padding rows have slot -1, context_len 0 and are pinned to level 1.
+  virtual int PaddedDecodes(int num_decodes) const { return num_decodes; }
   // Runs `body`, a series of ops whose pointers are the same for equal keys. A backend may record
   // it and replay the record instead of calling it again.
   virtual void RunStep(const StepKey& key, absl::FunctionRef<void()> body) = 0;

@@ -1,0 +1,35 @@
+#include "engine/precision.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace mobi {
+
+float PriceTable::PriceOf(float bits) const {
+  if (points_.empty()) return 1.0f;
+  const auto above = std::lower_bound(points_.begin(), points_.end(), bits,
+                                      [](const PricePoint& p, float b) { return p.bits < b; });
+  if (above == points_.begin()) return points_.front().price;
+  if (above == points_.end()) return points_.back().price;
+  const auto below = above - 1;
+  const float t = (bits - below->bits) / (above->bits - below->bits);
+  return std::exp(std::lerp(std::log(below->price), std::log(above->price), t));
+}
+
+TokenPrecision PriceTable::Resolve(float bits, float log_price_trim) const {
+  if (points_.empty() || bits >= kMaxBits) return {1.0f, kNumLevels, kNumLevels};
+  if (bits <= kMinBits) return {1.0f, 1, 1};
+  return {PriceOf(bits) * std::exp(log_price_trim), 1, kNumLevels};
+}
+
+TokenPrecision PriceTable::Resolve(const PrecisionBand& band, const PrecisionTarget& target) const {
+  if (band.level != 0) {
+    const auto level = static_cast<uint8_t>(band.level);
+    return {1.0f, level, level};
+  }
+  if (band.pinned()) return Resolve(band.min_bits, 0.0f);
+  const float bits = std::clamp(target.target_bits, band.min_bits, band.max_bits);
+  return Resolve(bits, target.log_price_trim);
+}
+
+}  // namespace mobi

@@ -1,0 +1,47 @@
+// From average bits to what the kernels compare: a price per byte and bounds on the level. Pure
+// functions of the checkpoint's price table; safe from any thread.
+// Source: the routing rule of MoBiQuant (arXiv 2602.20191), with one price over all linears.
+#ifndef MOBI_ENGINE_PRECISION_H_
+#define MOBI_ENGINE_PRECISION_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "engine/checkpoint.h"
+#include "engine/engine.h"
+
+namespace mobi {
+
+inline constexpr float kMinBits = 2.0f;
+inline constexpr float kMaxBits = 8.0f;
+
+// How one token is routed: see RoutingBatch.
+struct TokenPrecision {
+  float price = 1.0f;  // loss per byte
+  uint8_t min_level = kNumLevels;
+  uint8_t max_level = kNumLevels;
+};
+
+// Average bits that each price buys, as measured at calibration.
+class PriceTable {
+ public:
+  // `points` ascend in bits and fall in price; empty for a float model.
+  explicit PriceTable(std::vector<PricePoint> points) : points_(std::move(points)) {}
+
+  // Interpolated in log(price); clamped to the table's ends.
+  float PriceOf(float bits) const;
+
+  // At 2 bits and below every linear reads level 1, at 8 bits and above level 4, whatever the
+  // scores say; between them the price decides.
+  TokenPrecision Resolve(float bits, float log_price_trim) const;
+
+  // A request's precision under the engine's target: pinned requests ignore target and trim.
+  TokenPrecision Resolve(const PrecisionBand& band, const PrecisionTarget& target) const;
+
+ private:
+  std::vector<PricePoint> points_;
+};
+
+}  // namespace mobi
+
+#endif  // MOBI_ENGINE_PRECISION_H_
