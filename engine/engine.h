@@ -19,6 +19,7 @@
 
 namespace mobi {
 
+class Checkpoint;
 class Model;
 
 using RequestId = uint64_t;
@@ -32,8 +33,10 @@ struct SamplingParams {
   float presence_penalty = 0.0f;    // over the completion
   float frequency_penalty = 0.0f;   // over the completion
   uint64_t seed = 0;                // the caller draws one when the user gave none
-  std::vector<std::pair<int32_t, float>> logit_bias;
+  std::vector<std::pair<int32_t, float>> logit_bias;  // at most kMaxLogitBias, ids distinct
 };
+
+inline constexpr int kMaxLogitBias = 300;
 
 // What precision a request accepts, in average bits. The engine's target is clamped into
 // [min_bits, max_bits]; equal bounds pin it, and then neither load nor company changes a bit of it.
@@ -164,8 +167,10 @@ struct EngineStats {
 class Engine {
  public:
   // Allocates everything that serving needs: RESOURCE_EXHAUSTED says what does not fit.
-  // `model`, `backend` and `clock` outlive the engine and belong to its thread from now on.
+  // `model`, `backend` and `clock` outlive the engine and belong to its thread from now on; of
+  // `checkpoint` only the price table is read, now.
   static absl::StatusOr<std::unique_ptr<Engine>> Create(const EngineOptions& options, Model& model,
+                                                        const Checkpoint& checkpoint,
                                                         Backend& backend, const Clock& clock);
   // Ends what still runs as kCancelled with UNAVAILABLE, then joins the thread.
   virtual ~Engine() = default;

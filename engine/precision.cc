@@ -22,14 +22,18 @@ TokenPrecision PriceTable::Resolve(float bits, float log_price_trim) const {
   return {PriceOf(bits) * std::exp(log_price_trim), 1, kNumLevels};
 }
 
+float PriceTable::BitsOf(const PrecisionBand& band, const PrecisionTarget& target) {
+  if (band.level != 0) return static_cast<float>(BitsOfLevel(band.level));
+  return std::clamp(target.target_bits, band.min_bits, band.max_bits);
+}
+
 TokenPrecision PriceTable::Resolve(const PrecisionBand& band, const PrecisionTarget& target) const {
   if (band.level != 0) {
     const auto level = static_cast<uint8_t>(band.level);
     return {1.0f, level, level};
   }
   if (band.pinned()) return Resolve(band.min_bits, 0.0f);
-  const float bits = std::clamp(target.target_bits, band.min_bits, band.max_bits);
-  return Resolve(bits, target.log_price_trim);
+  return Resolve(BitsOf(band, target), target.log_price_trim);
 }
 
 }  // namespace mobi

@@ -14,6 +14,7 @@ namespace mobi {
 
 inline constexpr float kMinBits = 2.0f;
 inline constexpr float kMaxBits = 8.0f;
+inline constexpr double kFloatBits = 16.0;  // what a float folder is reported at
 
 // How one token is routed: see RoutingBatch.
 struct TokenPrecision {
@@ -37,6 +38,8 @@ class PriceTable {
 
   // A request's precision under the engine's target: pinned requests ignore target and trim.
   TokenPrecision Resolve(const PrecisionBand& band, const PrecisionTarget& target) const;
+  // The average bits asked for such a request's tokens.
+  static float BitsOf(const PrecisionBand& band, const PrecisionTarget& target);
 
  private:
   std::vector<PricePoint> points_;

@@ -151,8 +151,10 @@ struct StepKey {
   int num_tokens = 0;
   int num_seqs = 0;
   int num_logits = 0;
-  bool coherent = false;
+  int num_coherent = 0;
+  int max_context_len = 0;
   bool decode_only = false;  // one token per sequence: shapes repeat, so the step may be captured
+  friend bool operator==(const StepKey&, const StepKey&) = default;
 };
 
 class Backend {

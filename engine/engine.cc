@@ -1,0 +1,454 @@
+#include "engine/engine.h"
+
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <deque>
+#include <thread>
+#include <utility>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/strings/str_cat.h"
+#include "engine/base/mutex.h"
+#include "engine/base/status_macros.h"
+#include "engine/block_allocator.h"
+#include "engine/kv_cache.h"
+#include "engine/model.h"
+#include "engine/prefix_cache.h"
+#include "engine/sampling.h"
+#include "engine/scheduler.h"
+#include "engine/step_runner.h"
+
+namespace mobi {
+namespace {
+
+class EngineImpl final : public Engine {
+ public:
+  EngineImpl(const EngineOptions& options, int max_model_len, Model& model, const Clock& clock,
+             StepRunner runner, int num_kv_blocks)
+      : options_(options),
+        max_model_len_(max_model_len),
+        model_(model),
+        clock_(clock),
+        runner_(std::move(runner)),
+        allocator_(num_kv_blocks, [this](int32_t block) { cache_.Evict(block); }),
+        cache_(allocator_, options.block_size),
+        scheduler_({options.block_size, options.max_num_seqs, options.max_num_batched_tokens},
+                   allocator_, cache_) {
+    PublishStats();
+    thread_ = std::thread([this] { Loop(); });
+  }
+
+  ~EngineImpl() override {
+    {
+      MutexLock lock(mutex_);
+      stopping_ = true;
+    }
+    wake_.NotifyAll();
+    thread_.join();
+  }
+
+  absl::StatusOr<RequestId> Submit(GenerationRequest request, TokenSink* sink) override;
+  void Cancel(RequestId id) override;
+  void SetPrecision(const PrecisionTarget& target) override;
+  EngineStats stats() const override;
+  int max_model_len() const override { return max_model_len_; }
+
+ private:
+  absl::Status Validate(const GenerationRequest& request) const;
+
+  // The engine's thread.
+  void Loop();
+  bool WaitForWork();
+  void DrainQueues();
+  void EndExpired(TimePoint now);
+  absl::Status Step();
+  void Commit(const ChunkResult& result, TimePoint now);
+  void EmitToken(Sequence& sequence, const ChunkResult& result, TimePoint now);
+  void EndCompletion(Sequence& sequence, FinishReason reason, std::optional<int32_t> stop_id);
+  // Ends what is left of the request with `status`.
+  void EndRequest(Request& request, FinishReason reason, absl::Status status);
+  void FinishEnded(TimePoint now);
+  void Fail(const absl::Status& status);
+  void PublishStats();
+
+  const EngineOptions options_;
+  const int max_model_len_;
+  Model& model_;
+  const Clock& clock_;
+
+  // Owned by the engine's thread.
+  StepRunner runner_;
+  BlockAllocator allocator_;
+  PrefixCache cache_;
+  Scheduler scheduler_;
+  absl::flat_hash_map<RequestId, std::unique_ptr<Request>> requests_;
+  EngineStats counters_;
+
+  // The crossings.
+  std::atomic<uint64_t> precision_{std::bit_cast<uint64_t>(PrecisionTarget{})};
+  std::atomic<RequestId> next_id_{1};
+  mutable Mutex mutex_;
+  CondVar wake_;
+  std::deque<std::unique_ptr<Request>> submitted_ ABSL_GUARDED_BY(mutex_);
+  std::vector<RequestId> cancelled_ ABSL_GUARDED_BY(mutex_);
+  bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
+  bool failed_ ABSL_GUARDED_BY(mutex_) = false;
+  // Requests accepted but not scheduled yet, wherever they are.
+  int waiting_requests_ ABSL_GUARDED_BY(mutex_) = 0;
+  int64_t waiting_tokens_ ABSL_GUARDED_BY(mutex_) = 0;
+  EngineStats published_ ABSL_GUARDED_BY(mutex_);
+
+  std::thread thread_;
+};
+
+absl::Status EngineImpl::Validate(const GenerationRequest& request) const {
+  const auto& spec = request;
+  if (spec.prompt.empty()) return absl::InvalidArgumentError("prompt: empty");
+  const int vocab_size = model_.config().vocab_size;
+  for (size_t i = 0; i < spec.prompt.size(); ++i) {
+    if (spec.prompt[i] < 0 || spec.prompt[i] >= vocab_size) {
+      return absl::InvalidArgumentError(absl::StrCat("prompt: token ", i, " is ", spec.prompt[i],
+                                                     ", the vocabulary has ", vocab_size));
+    }
+  }
+  // At least one token must be left to generate, if any is asked for.
+  const int room = max_model_len_ - (spec.max_new_tokens > 0 ? 1 : 0);
+  if (static_cast<int64_t>(spec.prompt.size()) > room) {
+    return absl::InvalidArgumentError(absl::StrCat("prompt: ", spec.prompt.size(),
+                                                   " tokens, the context holds ", max_model_len_));
+  }
+  if (spec.n < 1 || spec.max_new_tokens < 0 || spec.top_logprobs < 0 ||
+      spec.top_logprobs > kMaxTopLogprobs || spec.sampling.logit_bias.size() > kMaxLogitBias) {
+    return absl::InvalidArgumentError("n, max_new_tokens, top_logprobs or logit_bias out of range");
+  }
+  for (const auto& [token, bias] : spec.sampling.logit_bias) {
+    if (token < 0 || token >= vocab_size) {
+      return absl::InvalidArgumentError(absl::StrCat("logit_bias: token ", token));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<RequestId> EngineImpl::Submit(GenerationRequest spec, TokenSink* sink) {
+  MOBI_RETURN_IF_ERROR(Validate(spec));
+  auto request = std::make_unique<Request>();
+  const RequestId id = next_id_.fetch_add(1);
+  request->id = id;
+  request->spec = std::move(spec);
+  request->sink = sink;
+  request->arrival = clock_.Now();
+  request->usage.prompt_tokens = request->prompt_length();
+  for (int i = 0; i < request->spec.n; ++i) {
+    Sequence& sequence = request->sequences.emplace_back();
+    sequence.request = request.get();
+    sequence.index = i;
+    sequence.tokens = request->spec.prompt;
+  }
+  {
+    MutexLock lock(mutex_);
+    if (failed_) return absl::UnavailableError("the device has failed");
+    if (stopping_) return absl::UnavailableError("the engine is stopping");
+    const int64_t tokens = request->prompt_length();
+    if (waiting_requests_ >= options_.max_waiting_requests) {
+      return absl::ResourceExhaustedError(
+          absl::StrCat("the queue is full: ", waiting_requests_, " requests wait"));
+    }
+    if (waiting_tokens_ > 0 && waiting_tokens_ + tokens > options_.max_waiting_tokens) {
+      return absl::ResourceExhaustedError(
+          absl::StrCat("the queue is full: ", waiting_tokens_, " prompt tokens wait"));
+    }
+    ++waiting_requests_;
+    waiting_tokens_ += tokens;
+    submitted_.push_back(std::move(request));
+  }
+  wake_.NotifyOne();
+  return id;
+}
+
+void EngineImpl::Cancel(RequestId id) {
+  {
+    MutexLock lock(mutex_);
+    cancelled_.push_back(id);
+  }
+  wake_.NotifyOne();
+}
+
+void EngineImpl::SetPrecision(const PrecisionTarget& target) {
+  precision_.store(std::bit_cast<uint64_t>(target), std::memory_order_relaxed);
+}
+
+EngineStats EngineImpl::stats() const {
+  MutexLock lock(mutex_);
+  EngineStats stats = published_;
+  stats.waiting_requests = waiting_requests_;
+  stats.waiting_tokens = waiting_tokens_;
+  return stats;
+}
+
+void EngineImpl::Loop() {
+  while (WaitForWork()) {
+    DrainQueues();
+    EndExpired(clock_.Now());
+    if (!scheduler_.idle()) {
+      const absl::Status status = Step();
+      if (!status.ok()) Fail(status);
+    }
+    FinishEnded(clock_.Now());
+    PublishStats();
+  }
+  DrainQueues();
+  for (auto& [id, request] : requests_) {
+    if (!request->ended) {
+      EndRequest(*request, FinishReason::kCancelled,
+                 absl::UnavailableError("the server is stopping"));
+    }
+  }
+  FinishEnded(clock_.Now());
+  PublishStats();
+}
+
+// False when the engine is to stop.
+bool EngineImpl::WaitForWork() {
+  MutexLock lock(mutex_);
+  while (!stopping_ && submitted_.empty() && cancelled_.empty() && scheduler_.idle()) {
+    wake_.Wait(mutex_);
+  }
+  return !stopping_;
+}
+
+void EngineImpl::DrainQueues() {
+  std::deque<std::unique_ptr<Request>> submitted;
+  std::vector<RequestId> cancelled;
+  {
+    MutexLock lock(mutex_);
+    submitted.swap(submitted_);
+    cancelled.swap(cancelled_);
+  }
+  for (auto& request : submitted) {
+    scheduler_.Add(*request);
+    requests_.emplace(request->id, std::move(request));
+  }
+  for (const RequestId id : cancelled) {
+    const auto found = requests_.find(id);
+    if (found != requests_.end() && !found->second->ended) {
+      EndRequest(*found->second, FinishReason::kCancelled, absl::CancelledError("cancelled"));
+    }
+  }
+}
+
+void EngineImpl::EndExpired(TimePoint now) {
+  for (auto& [id, request] : requests_) {
+    if (request->ended) continue;
+    if (now >= request->spec.deadline) {
+      EndRequest(*request, FinishReason::kDeadline,
+                 absl::DeadlineExceededError("the request's deadline has passed"));
+    } else if (!request->first_scheduled && now - request->arrival > options_.max_queue_wait) {
+      EndRequest(*request, FinishReason::kError,
+                 absl::ResourceExhaustedError(absl::StrCat(
+                     "waited ", ToSeconds(options_.max_queue_wait), " s without being served")));
+    }
+  }
+}
+
+absl::Status EngineImpl::Step() {
+  const std::vector<ScheduledChunk> plan = scheduler_.Schedule();
+  if (plan.empty()) return absl::OkStatus();
+  const TimePoint begin = clock_.Now();
+  for (const ScheduledChunk& chunk : plan) {
+    Request& request = *chunk.sequence->request;
+    if (request.first_scheduled) continue;
+    request.first_scheduled = begin;
+    MutexLock lock(mutex_);
+    --waiting_requests_;
+    waiting_tokens_ -= request.prompt_length();
+  }
+  const auto target = std::bit_cast<PrecisionTarget>(precision_.load(std::memory_order_relaxed));
+  MOBI_ASSIGN_OR_RETURN(StepResult result, runner_.Run(plan, target));
+  const TimePoint now = clock_.Now();
+  for (const ChunkResult& chunk : result.chunks) Commit(chunk, now);
+  ++counters_.steps;
+  counters_.loaded_bits_sum += result.loaded_bits;
+  counters_.last_step_seconds = ToSeconds(now - begin);
+  counters_.step_seconds_sum += counters_.last_step_seconds;
+  return absl::OkStatus();
+}
+
+void EngineImpl::Commit(const ChunkResult& result, TimePoint now) {
+  Sequence& sequence = *result.chunk.sequence;
+  Request& request = *sequence.request;
+  scheduler_.Computed(result.chunk, result.kv_bits);
+  request.effective_bits_sum += result.effective_bits_sum;
+  request.effective_tokens += result.chunk.count;
+  counters_.effective_bits_sum += result.effective_bits_sum;
+  counters_.effective_tokens += static_cast<uint64_t>(result.chunk.count);
+  if (!result.chunk.decode) {
+    counters_.prompt_tokens += static_cast<uint64_t>(result.chunk.count);
+  }
+  if (request.ended) return;
+  if (!result.prompt_logprobs.empty()) {
+    request.sink->OnPromptLogprobs(result.first_scored, result.prompt_logprobs);
+  }
+  if (result.sampled) {
+    EmitToken(sequence, result, now);
+  } else if (sequence.uncomputed() == 0) {
+    EndCompletion(sequence, FinishReason::kLength, std::nullopt);  // only scored
+  }
+}
+
+void EngineImpl::EmitToken(Sequence& sequence, const ChunkResult& result, TimePoint now) {
+  Request& request = *sequence.request;
+  const GenerationRequest& spec = request.spec;
+  const int32_t token = result.token.token;
+  if (token == kNonFiniteLogits) {
+    EndRequest(request, FinishReason::kError,
+               absl::DataLossError("the model gave logits that are not finite"));
+    return;
+  }
+  const auto is = [token](const auto& ids) {
+    return std::find(ids.begin(), ids.end(), token) != ids.end();
+  };
+  if (is(spec.stop_ids) || (!spec.ignore_eos && is(model_.eos_token_ids()))) {
+    EndCompletion(sequence, FinishReason::kStop, token);
+    return;
+  }
+  if (!request.first_token) request.first_token = now;
+  request.last_token = now;
+  ++request.usage.completion_tokens;
+  ++counters_.generation_tokens;
+  sequence.tokens.push_back(token);
+  if (HasPenalties(spec.sampling)) ++sequence.generated_counts[token];
+  TokenEvent event;
+  event.index = sequence.index;
+  event.token = token;
+  event.logprob = result.token.logprob;
+  event.top = spec.top_logprobs > 0 ? result.top : nullptr;
+  event.effective_bits = result.last_effective_bits;
+  if (!request.sink->OnToken(event)) {
+    EndCompletion(sequence, FinishReason::kStop, std::nullopt);
+  } else if (sequence.length() - request.prompt_length() >= spec.max_new_tokens ||
+             sequence.length() >= max_model_len_) {
+    EndCompletion(sequence, FinishReason::kLength, std::nullopt);
+  }
+}
+
+void EngineImpl::EndCompletion(Sequence& sequence, FinishReason reason,
+                               std::optional<int32_t> stop_id) {
+  Request& request = *sequence.request;
+  scheduler_.Remove(sequence);
+  request.sink->OnCompletionEnd({sequence.index, reason, stop_id});
+  const bool done = std::all_of(request.sequences.begin(), request.sequences.end(),
+                                [](const Sequence& s) { return s.finished; });
+  if (done) EndRequest(request, reason, absl::OkStatus());
+}
+
+void EngineImpl::EndRequest(Request& request, FinishReason reason, absl::Status status) {
+  for (Sequence& sequence : request.sequences) {
+    if (!sequence.finished) scheduler_.Remove(sequence);
+  }
+  request.ended = std::move(status);
+  request.end_reason = reason;
+}
+
+// Tells the sinks and forgets. Apart from ending, so that a request never dies while a step's
+// results are being handed out.
+void EngineImpl::FinishEnded(TimePoint now) {
+  std::vector<std::unique_ptr<Request>> ended;
+  for (auto it = requests_.begin(); it != requests_.end();) {
+    if (it->second->ended) {
+      ended.push_back(std::move(it->second));
+      requests_.erase(it++);
+    } else {
+      ++it;
+    }
+  }
+  for (const auto& request : ended) {
+    if (!request->first_scheduled) {
+      MutexLock lock(mutex_);
+      --waiting_requests_;
+      waiting_tokens_ -= request->prompt_length();
+    }
+    RequestEnd end;
+    end.status = *request->ended;
+    end.reason = request->end_reason;
+    end.usage = request->usage;
+    const TimePoint scheduled = request->first_scheduled.value_or(now);
+    end.timings.queue = scheduled - request->arrival;
+    end.timings.prefill = request->first_token.value_or(now) - scheduled;
+    if (request->first_token) end.timings.decode = request->last_token - *request->first_token;
+    if (request->effective_tokens > 0) {
+      end.mean_effective_bits =
+          request->effective_bits_sum / static_cast<double>(request->effective_tokens);
+    }
+    request->sink->OnDone(end);
+  }
+}
+
+void EngineImpl::Fail(const absl::Status& status) {
+  counters_.failed = true;
+  {
+    MutexLock lock(mutex_);
+    failed_ = true;
+  }
+  DrainQueues();
+  for (auto& [id, request] : requests_) {
+    if (!request->ended) EndRequest(*request, FinishReason::kError, status);
+  }
+}
+
+void EngineImpl::PublishStats() {
+  const auto target = std::bit_cast<PrecisionTarget>(precision_.load(std::memory_order_relaxed));
+  counters_.running_requests = 0;
+  for (const auto& [id, request] : requests_) counters_.running_requests += !!request->first_scheduled;
+  counters_.num_kv_blocks = allocator_.num_blocks();
+  counters_.free_kv_blocks = allocator_.num_free();
+  counters_.preemptions = scheduler_.preemptions();
+  counters_.prefix_cache_queries = scheduler_.prefix_queries();
+  counters_.prefix_cache_hits = scheduler_.prefix_hits();
+  counters_.target_bits = target.target_bits;
+  counters_.price = runner_.prices().Resolve(target.target_bits, target.log_price_trim).price;
+  MutexLock lock(mutex_);
+  published_ = counters_;
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options, Model& model,
+                                                       const Checkpoint& checkpoint,
+                                                       Backend& backend, const Clock& clock) {
+  if (options.max_num_seqs < 1 || options.block_size < 1 ||
+      options.max_num_batched_tokens < options.max_num_seqs) {
+    return absl::InvalidArgumentError(
+        "max_num_seqs and block_size must be positive, max_num_batched_tokens at least "
+        "max_num_seqs");
+  }
+  const int positions = model.max_positions();
+  const int max_model_len =
+      options.max_model_len > 0 ? std::min(options.max_model_len, positions) : positions;
+  const size_t block_bytes =
+      KvCache::BlockBytes(model.config(), options.block_size, backend.activation_dtype());
+  const int blocks_per_seq = (max_model_len + options.block_size - 1) / options.block_size;
+  const int num_blocks = options.num_kv_blocks > 0
+                             ? options.num_kv_blocks
+                             : static_cast<int>(options.kv_memory_bytes / block_bytes);
+  if (num_blocks < blocks_per_seq) {
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "KV cache: ", num_blocks, " blocks of ", options.block_size, " tokens (",
+        num_blocks * block_bytes >> 20, " MiB) do not hold one sequence of ", max_model_len,
+        " tokens (", blocks_per_seq * block_bytes >> 20, " MiB); give it more memory or lower "
+        "max_model_len"));
+  }
+  MOBI_ASSIGN_OR_RETURN(
+      KvCache kv, KvCache::Create(model.config(), num_blocks, options.block_size, backend));
+  const auto points = options.coherent_decode && checkpoint.coherent_batch() > 0
+                          ? checkpoint.coherent_price_table()
+                          : checkpoint.price_table();
+  PriceTable prices({points.begin(), points.end()});
+  MOBI_ASSIGN_OR_RETURN(StepRunner runner,
+                        StepRunner::Create(options, max_model_len, model, std::move(prices),
+                                           std::move(kv), backend));
+  return std::make_unique<EngineImpl>(options, max_model_len, model, clock, std::move(runner),
+                                      num_blocks);
+}
+
+}  // namespace mobi

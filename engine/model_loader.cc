@@ -1,0 +1,261 @@
+// Model::Load: from the host views of a checkpoint to tensors in the backend's memory. Linears that
+// share an input are stacked by rows, so that one op reads them all.
+#include <cstring>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "engine/base/status_macros.h"
+#include "engine/model.h"
+#include "engine/rope.h"
+#include "kernels/numeric.h"
+
+namespace mobi {
+namespace {
+
+std::vector<float> ToFloat(const HostTensor& tensor) {
+  const auto n = static_cast<size_t>(tensor.num_elements());
+  std::vector<float> values(n);
+  if (tensor.dtype == DType::kF32) {
+    std::memcpy(values.data(), tensor.bytes.data(), n * sizeof(float));
+  } else {
+    const auto bits = tensor.As<uint16_t>();
+    const bool bf16 = tensor.dtype == DType::kBF16;
+    for (size_t i = 0; i < n; ++i) {
+      values[i] = bf16 ? BFloat16ToFloat(bits[i]) : HalfToFloat(bits[i]);
+    }
+  }
+  return values;
+}
+
+bool IsFloat(DType dtype) {
+  return dtype == DType::kF32 || dtype == DType::kF16 || dtype == DType::kBF16;
+}
+
+}  // namespace
+
+class ModelLoader {
+ public:
+  ModelLoader(const Checkpoint& checkpoint, Backend& backend, int max_positions)
+      : checkpoint_(checkpoint),
+        backend_(backend),
+        model_(new Model(checkpoint.config(), backend)) {
+    model_->routed_ = checkpoint.quantized();
+    model_->max_positions_ =
+        max_positions > 0 ? max_positions : model_->config_.max_position_embeddings;
+  }
+
+  absl::StatusOr<std::unique_ptr<Model>> Load(const Model::Progress& progress) {
+    const ModelConfig& config = model_->config_;
+    MOBI_RETURN_IF_ERROR(LoadRope());
+    MOBI_ASSIGN_OR_RETURN(model_->embedding_, Dense("model.embed_tokens.weight", config.vocab_size,
+                                                    config.hidden_size));
+    MOBI_ASSIGN_OR_RETURN(model_->final_norm_, Norm("model.norm.weight"));
+    model_->lm_head_ = model_->embedding_;
+    if (!config.tie_word_embeddings) {
+      MOBI_ASSIGN_OR_RETURN(model_->lm_head_,
+                            Dense("lm_head.weight", config.vocab_size, config.hidden_size));
+    }
+    for (int i = 0; i < config.num_hidden_layers; ++i) {
+      MOBI_ASSIGN_OR_RETURN(DecoderLayer layer, LoadLayer(i));
+      model_->layers_.push_back(std::move(layer));
+      // The source is a mapping: let the copies land before the next layer's are read.
+      MOBI_RETURN_IF_ERROR(backend_.Synchronize());
+      if (progress) progress(i + 1, config.num_hidden_layers);
+    }
+    return std::move(model_);
+  }
+
+ private:
+  // A piece of backend memory that lives as long as the model.
+  absl::StatusOr<std::byte*> Allocate(size_t bytes, std::string_view what) {
+    MOBI_ASSIGN_OR_RETURN(Buffer buffer, backend_.Allocate(bytes, what));
+    auto* data = buffer.As<std::byte>();
+    model_->buffers_.push_back(std::move(buffer));
+    model_->weight_bytes_ += bytes;
+    return data;
+  }
+
+  absl::StatusOr<Tensor> Floats(const std::vector<float>& values, int64_t rows, int64_t cols,
+                                std::string_view what) {
+    const size_t bytes = values.size() * sizeof(float);
+    MOBI_ASSIGN_OR_RETURN(std::byte* data, Allocate(bytes, what));
+    backend_.Upload(values.data(), bytes, data);
+    return Tensor::Of(data, DType::kF32, rows, cols);
+  }
+
+  absl::Status LoadRope() {
+    const RopeValues rope = ComputeRope(model_->config_, model_->max_positions_);
+    const int64_t rows = model_->max_positions_, cols = model_->config_.head_dim / 2;
+    MOBI_ASSIGN_OR_RETURN(model_->rope_.cos, Floats(rope.cos, rows, cols, "rope table"));
+    MOBI_ASSIGN_OR_RETURN(model_->rope_.sin, Floats(rope.sin, rows, cols, "rope table"));
+    return absl::OkStatus();
+  }
+
+  absl::StatusOr<Tensor> Norm(const std::string& name) {
+    const int64_t size = model_->config_.hidden_size;
+    MOBI_ASSIGN_OR_RETURN(HostTensor host, checkpoint_.Tensor(name, {size}));
+    MOBI_RETURN_IF_ERROR(CheckFloat(host));
+    return Floats(ToFloat(host), 1, size, name);
+  }
+
+  absl::Status CheckFloat(const HostTensor& host) const {
+    if (IsFloat(host.dtype)) return absl::OkStatus();
+    return absl::DataLossError(absl::StrCat(checkpoint_.dir(), ": tensor ", host.name, " is ",
+                                            Name(host.dtype), ", not a float type"));
+  }
+
+  absl::StatusOr<Tensor> Dense(const std::string& name, int64_t rows, int64_t cols) {
+    return Stacked({{name, rows, cols}});
+  }
+
+  // Float weights of several linears, one above the other, in one 16-bit or 32-bit type that the
+  // backend multiplies with.
+  absl::StatusOr<Tensor> Stacked(const std::vector<LinearShape>& parts) {
+    std::vector<HostTensor> hosts;
+    int64_t rows = 0;
+    const int64_t cols = parts.front().cols;
+    DType dtype = backend_.activation_dtype();
+    for (const LinearShape& part : parts) {
+      MOBI_ASSIGN_OR_RETURN(HostTensor host, checkpoint_.Tensor(part.name, {part.rows, part.cols}));
+      MOBI_RETURN_IF_ERROR(CheckFloat(host));
+      hosts.push_back(std::move(host));
+      rows += part.rows;
+    }
+    // A backend with fp32 activations reads any float type as it is; 16-bit backends their own.
+    if (dtype == DType::kF32) dtype = hosts.front().dtype;
+    MOBI_ASSIGN_OR_RETURN(
+        std::byte* data, Allocate(static_cast<size_t>(rows * cols) * SizeOf(dtype), parts[0].name));
+    std::byte* at = data;
+    for (const HostTensor& host : hosts) {
+      UploadAs(host, dtype, at);
+      at += static_cast<size_t>(host.num_elements()) * SizeOf(dtype);
+    }
+    return Tensor::Of(data, dtype, rows, cols);
+  }
+
+  void UploadAs(const HostTensor& host, DType dtype, std::byte* device) {
+    if (host.dtype == dtype) {
+      backend_.Upload(host.bytes.data(), host.bytes.size(), device);
+      return;
+    }
+    const std::vector<float> values = ToFloat(host);
+    if (dtype == DType::kF32) {
+      backend_.Upload(values.data(), values.size() * sizeof(float), device);
+      return;
+    }
+    std::vector<uint16_t> bits(values.size());
+    for (size_t i = 0; i < values.size(); ++i) {
+      bits[i] = dtype == DType::kBF16 ? FloatToBFloat16(values[i]) : FloatToHalf(values[i]);
+    }
+    backend_.Upload(bits.data(), bits.size() * sizeof(uint16_t), device);
+  }
+
+  absl::StatusOr<DecoderLayer> LoadLayer(int index) {
+    DecoderLayer layer;
+    const std::string prefix = absl::StrCat("model.layers.", index, ".");
+    MOBI_ASSIGN_OR_RETURN(layer.input_norm, Norm(prefix + "input_layernorm.weight"));
+    MOBI_ASSIGN_OR_RETURN(layer.post_attention_norm,
+                          Norm(prefix + "post_attention_layernorm.weight"));
+    const auto groups = RoutedGroupsOfLayer(model_->config_, index);
+    for (int g = 0; g < kNumLinearGroups; ++g) {
+      if (model_->routed_) {
+        MOBI_ASSIGN_OR_RETURN(layer.linears[g].routed, Routed(groups[g]));
+      } else {
+        std::vector<LinearShape> parts = groups[g].linears;
+        for (LinearShape& part : parts) part.name += ".weight";
+        MOBI_ASSIGN_OR_RETURN(layer.linears[g].dense, Stacked(parts));
+      }
+    }
+    return layer;
+  }
+
+  absl::StatusOr<RoutedWeight> Routed(const RoutedGroup& group) {
+    RoutedWeight routed;
+    SlicedWeight& weight = routed.weight;
+    weight.num_segments = static_cast<int>(group.linears.size());
+    weight.cols = group.linears.front().cols;
+    std::vector<SlicedTensors> parts;
+    for (int s = 0; s < weight.num_segments; ++s) {
+      const LinearShape& linear = group.linears[s];
+      if (linear.rows % kTileRows != 0) {
+        return absl::UnimplementedError(
+            absl::StrCat(checkpoint_.dir(), ": ", linear.name, " has ", linear.rows,
+                         " output features, not a multiple of ", kTileRows));
+      }
+      MOBI_ASSIGN_OR_RETURN(SlicedTensors part,
+                            checkpoint_.Sliced(linear.name, linear.rows, linear.cols));
+      parts.push_back(std::move(part));
+      weight.rows += linear.rows;
+      weight.segment_end[s] = weight.rows;
+    }
+    const std::string& what = group.linears.front().name;
+    for (int i = 0; i < kNumSlices; ++i) {
+      std::vector<absl::Span<const std::byte>> slices, scales;
+      for (const SlicedTensors& part : parts) {
+        slices.push_back({reinterpret_cast<const std::byte*>(part.slices[i].data()),
+                          part.slices[i].size()});
+        scales.push_back({reinterpret_cast<const std::byte*>(part.scales[i].data()),
+                          part.scales[i].size() * sizeof(uint16_t)});
+      }
+      MOBI_ASSIGN_OR_RETURN(const std::byte* slice, Concatenated(slices, what));
+      MOBI_ASSIGN_OR_RETURN(const std::byte* scale, Concatenated(scales, what));
+      weight.slices[i] = reinterpret_cast<const uint8_t*>(slice);
+      weight.scales[i] = reinterpret_cast<const uint16_t*>(scale);
+    }
+    model_->routed_tiles_ += weight.rows / kTileRows * (weight.cols / kGroupSize);
+    MOBI_ASSIGN_OR_RETURN(routed.router, LoadRouter(group, weight));
+    return routed;
+  }
+
+  absl::StatusOr<const std::byte*> Concatenated(
+      const std::vector<absl::Span<const std::byte>>& parts, std::string_view what) {
+    size_t bytes = 0;
+    for (const auto& part : parts) bytes += part.size();
+    MOBI_ASSIGN_OR_RETURN(std::byte* data, Allocate(bytes, what));
+    size_t at = 0;
+    for (const auto& part : parts) {
+      backend_.Upload(part.data(), part.size(), data + at);
+      at += part.size();
+    }
+    return data;
+  }
+
+  absl::StatusOr<Router> LoadRouter(const RoutedGroup& group, const SlicedWeight& weight) {
+    const int segments = weight.num_segments;
+    MOBI_ASSIGN_OR_RETURN(RouterTensors host,
+                          checkpoint_.RouterOf(group.router, segments, weight.cols));
+    Router router;
+    router.num_hidden = host.num_hidden;
+    MOBI_ASSIGN_OR_RETURN(router.w1, Raw(host.w1, host.num_hidden, weight.cols));
+    MOBI_ASSIGN_OR_RETURN(router.b1, Raw(host.b1, 1, host.num_hidden));
+    MOBI_ASSIGN_OR_RETURN(router.u, Raw(host.u, 1, host.num_hidden));
+    MOBI_ASSIGN_OR_RETURN(router.w2, Raw(host.w2, int64_t{segments} * kNumLevels, host.num_hidden));
+    MOBI_ASSIGN_OR_RETURN(router.b2, Raw(host.b2, 1, int64_t{segments} * kNumLevels));
+    for (int s = 0; s < segments; ++s) {
+      for (int level = 1; level <= kNumLevels; ++level) {
+        router.bytes[s][level - 1] = static_cast<float>(
+            BytesAtLevel(group.linears[s].rows, group.linears[s].cols, level));
+      }
+    }
+    return router;
+  }
+
+  absl::StatusOr<Tensor> Raw(const HostTensor& host, int64_t rows, int64_t cols) {
+    MOBI_ASSIGN_OR_RETURN(std::byte* data, Allocate(host.bytes.size(), host.name));
+    backend_.Upload(host.bytes.data(), host.bytes.size(), data);
+    return Tensor::Of(data, host.dtype, rows, cols);
+  }
+
+  const Checkpoint& checkpoint_;
+  Backend& backend_;
+  std::unique_ptr<Model> model_;
+};
+
+absl::StatusOr<std::unique_ptr<Model>> Model::Load(const Checkpoint& checkpoint, Backend& backend,
+                                                   int max_positions, const Progress& progress) {
+  return ModelLoader(checkpoint, backend, max_positions).Load(progress);
+}
+
+}  // namespace mobi

@@ -1,0 +1,257 @@
+#include "engine/step_runner.h"
+
+#include <algorithm>
+#include <bit>
+#include <numeric>
+#include <utility>
+
+#include "engine/base/status_macros.h"
+#include "engine/sampling.h"
+
+namespace mobi {
+
+absl::StatusOr<StepRunner> StepRunner::Create(const EngineOptions& options, int max_model_len,
+                                              const Model& model, PriceTable prices, KvCache kv,
+                                              Backend& backend) {
+  StepRunner runner(model, std::move(prices), std::move(kv), backend);
+  runner.options_ = options;
+  const ModelConfig& config = model.config();
+  // Padding of captured steps may exceed the number of sequences.
+  const int max_seqs = backend.PaddedDecodes(options.max_num_seqs);
+  const int max_tokens = std::max(options.max_num_batched_tokens, max_seqs);
+  StepLimits limits;
+  limits.max_tokens = max_tokens;
+  limits.max_seqs = max_seqs;
+  limits.max_blocks_per_seq = (max_model_len + options.block_size - 1) / options.block_size;
+  limits.max_edits_per_seq = std::min(max_model_len + kMaxLogitBias, config.vocab_size);
+  MOBI_ASSIGN_OR_RETURN(runner.buffers_, StepBuffers::Create(limits, backend));
+  MOBI_ASSIGN_OR_RETURN(runner.act_, Activations::Create(config, max_tokens, backend));
+  const DType dtype = backend.activation_dtype();
+  MOBI_ASSIGN_OR_RETURN(Buffer gathered,
+                        backend.Allocate(size_t{1} * max_seqs * config.hidden_size * SizeOf(dtype),
+                                         "hidden states"));
+  MOBI_ASSIGN_OR_RETURN(Buffer logits,
+                        backend.Allocate(sizeof(float) * max_seqs * config.vocab_size, "logits"));
+  runner.gathered_ = Tensor::Of(gathered.data(), dtype, max_seqs, config.hidden_size);
+  runner.logits_ = Tensor::Of(logits.data(), DType::kF32, max_seqs, config.vocab_size);
+  runner.memory_.push_back(std::move(gathered));
+  runner.memory_.push_back(std::move(logits));
+  return runner;
+}
+
+absl::StatusOr<StepResult> StepRunner::Run(absl::Span<const ScheduledChunk> plan,
+                                           const PrecisionTarget& target) {
+  StepResult result;
+  Layout layout = LayOut(plan, target, result);
+  const int real_tokens = layout.first_row.empty()
+                              ? 0
+                              : layout.first_row.back() + result.chunks.back().chunk.count;
+  Pad(layout);
+  buffers_.Upload(layout.key.num_seqs, layout.num_edits, backend_);
+  backend_.RunStep(layout.key, [&] { Enqueue(layout); });
+  if (layout.top_logprobs > 0) {
+    // Row i of the logits is sampled row i.
+    std::iota(buffers_.score_rows.host, buffers_.score_rows.host + layout.num_sampled, 0);
+    backend_.Upload(buffers_.score_rows.host, sizeof(int32_t) * layout.num_sampled,
+                    buffers_.score_rows.device);
+    backend_.MostLikely(logits_.FirstRows(layout.num_sampled), buffers_.score_rows.device,
+                        layout.num_sampled, layout.top_logprobs, buffers_.top.device);
+    backend_.Download(buffers_.top.device, sizeof(TopLogprobs) * layout.num_sampled,
+                      buffers_.top.host);
+  }
+  backend_.Download(buffers_.sampled.device, sizeof(Sampled) * layout.num_sampled,
+                    buffers_.sampled.host);
+  backend_.Download(buffers_.level_tiles.device, sizeof(uint32_t) * real_tokens,
+                    buffers_.level_tiles.host);
+  backend_.Download(buffers_.loaded_bytes.device, sizeof(uint64_t), buffers_.loaded_bytes.host);
+  MOBI_RETURN_IF_ERROR(backend_.Synchronize());
+  MOBI_RETURN_IF_ERROR(Score(layout, result));
+  Collect(layout, result);
+  return result;
+}
+
+StepRunner::Layout StepRunner::LayOut(absl::Span<const ScheduledChunk> plan,
+                                      const PrecisionTarget& target, StepResult& result) {
+  for (const ScheduledChunk& chunk : plan) result.chunks.push_back({.chunk = chunk});
+  // The decodes that may share a level come first, then the pinned ones, then prompts.
+  const auto rank = [](const ChunkResult& r) {
+    if (!r.chunk.decode) return 2;
+    return r.chunk.sequence->request->spec.precision.pinned() ? 1 : 0;
+  };
+  std::stable_sort(result.chunks.begin(), result.chunks.end(),
+                   [&](const auto& a, const auto& b) { return rank(a) < rank(b); });
+  Layout layout;
+  layout.key.decode_only = true;
+  buffers_.query_start.host[0] = 0;
+  for (size_t i = 0; i < result.chunks.size(); ++i) {
+    if (options_.coherent_decode && rank(result.chunks[i]) == 0) ++layout.key.num_coherent;
+    AddChunk(static_cast<int>(i), target, result.chunks[i], layout);
+  }
+  layout.key.num_logits = layout.num_sampled;
+  return layout;
+}
+
+void StepRunner::AddChunk(int index, const PrecisionTarget& target, ChunkResult& result,
+                          Layout& layout) {
+  const ScheduledChunk& chunk = result.chunk;
+  const Sequence& sequence = *chunk.sequence;
+  const GenerationRequest& spec = sequence.request->spec;
+  const TokenPrecision precision = prices_.Resolve(spec.precision, target);
+  const int first = layout.key.num_tokens, seq = layout.key.num_seqs;
+  layout.first_row.push_back(first);
+  for (int i = 0; i < chunk.count; ++i) {
+    const int position = chunk.begin + i, row = first + i;
+    const int block = sequence.blocks[position / options_.block_size];
+    buffers_.token_ids.host[row] = sequence.tokens[position];
+    buffers_.positions.host[row] = position;
+    buffers_.slots.host[row] = block * options_.block_size + position % options_.block_size;
+    buffers_.price.host[row] = precision.price;
+    buffers_.min_level.host[row] = precision.min_level;
+    buffers_.max_level.host[row] = precision.max_level;
+  }
+  const int context = chunk.begin + chunk.count;
+  buffers_.query_start.host[seq + 1] = first + chunk.count;
+  buffers_.context_len.host[seq] = context;
+  std::copy(sequence.blocks.begin(), sequence.blocks.end(),
+            buffers_.block_table.host + int64_t{seq} * buffers_.block_table_stride);
+  layout.key.num_tokens += chunk.count;
+  layout.key.num_seqs += 1;
+  layout.key.decode_only &= chunk.decode;
+  layout.max_query_len = std::max(layout.max_query_len, chunk.count);
+  layout.key.max_context_len = std::max(layout.key.max_context_len, context);
+  result.kv_bits = prices_.BitsOf(spec.precision, target);
+
+  if (context == sequence.length() && spec.max_new_tokens > 0) {
+    AddSampling(sequence, first + chunk.count - 1, index, layout);
+    result.sampled = true;
+  }
+  if (spec.prompt_logprobs) {
+    const int prompt = sequence.request->prompt_length();
+    result.first_scored = chunk.begin + 1;
+    for (int i = 0; i < chunk.count && chunk.begin + i + 1 < prompt; ++i) {
+      layout.scored.push_back({first + i, sequence.tokens[chunk.begin + i + 1], index});
+    }
+  }
+}
+
+void StepRunner::AddSampling(const Sequence& sequence, int row, int index, Layout& layout) {
+  const int n = layout.num_sampled++;
+  layout.sampled_results.push_back(index);
+  layout.top_logprobs = std::max(layout.top_logprobs, sequence.request->spec.top_logprobs);
+  buffers_.logits_rows.host[n] = row;
+  SamplingRow sampling = MakeSamplingRow(sequence);
+  sampling.logits_row = n;
+  sampling.edit_begin = layout.num_edits;
+  for (const LogitEdit& edit : LogitEdits(sequence)) {
+    buffers_.edits.host[layout.num_edits++] = edit;
+  }
+  sampling.edit_end = layout.num_edits;
+  buffers_.sampling.host[n] = sampling;
+}
+
+// Pads a step of decodes to a size whose record exists: rows that write nothing and are ignored.
+void StepRunner::Pad(Layout& layout) {
+  if (!layout.key.decode_only || !layout.scored.empty()) {
+    layout.key.decode_only = false;
+    return;
+  }
+  const int padded = backend_.PaddedDecodes(layout.key.num_seqs);
+  for (int i = layout.key.num_seqs; i < padded; ++i) {
+    buffers_.token_ids.host[i] = 0;
+    buffers_.positions.host[i] = 0;
+    buffers_.slots.host[i] = -1;
+    buffers_.price.host[i] = 1.0f;
+    buffers_.min_level.host[i] = buffers_.max_level.host[i] = 1;
+    buffers_.query_start.host[i + 1] = i + 1;
+    buffers_.context_len.host[i] = 0;
+    buffers_.logits_rows.host[i] = 0;
+    buffers_.sampling.host[i] = SamplingRow{};
+  }
+  if (layout.key.num_coherent == layout.key.num_seqs) layout.key.num_coherent = padded;
+  layout.key.num_tokens = layout.key.num_seqs = layout.key.num_logits = padded;
+  const auto context = static_cast<unsigned>(layout.key.max_context_len);
+  layout.key.max_context_len = static_cast<int>(std::max(256u, std::bit_ceil(context)));
+}
+
+StepTensors StepRunner::Tensors(const Layout& layout) const {
+  StepTensors step;
+  step.num_tokens = layout.key.num_tokens;
+  step.token_ids = buffers_.token_ids.device;
+  step.positions = buffers_.positions.device;
+  step.slots = buffers_.slots.device;
+  step.routing = {step.num_tokens,
+                  layout.key.num_coherent,
+                  buffers_.price.device,
+                  buffers_.min_level.device,
+                  buffers_.max_level.device,
+                  buffers_.level_tiles.device,
+                  buffers_.loaded_bytes.device};
+  step.attention = {layout.key.num_seqs,         layout.max_query_len,
+                    layout.key.max_context_len,  buffers_.query_start.device,
+                    buffers_.context_len.device, buffers_.block_table.device,
+                    buffers_.block_table_stride};
+  return step;
+}
+
+void StepRunner::Enqueue(const Layout& layout) {
+  const StepTensors step = Tensors(layout);
+  backend_.Zero(buffers_.level_tiles.device, sizeof(uint32_t) * step.num_tokens);
+  backend_.Zero(buffers_.loaded_bytes.device, sizeof(uint64_t));
+  model_.Forward(step, kv_, act_);
+  const int n = layout.key.num_logits;
+  if (n == 0) return;
+  const Tensor hidden = gathered_.FirstRows(n), logits = logits_.FirstRows(n);
+  backend_.GatherRows(act_.normed.FirstRows(step.num_tokens), buffers_.logits_rows.device, hidden);
+  model_.Logits(hidden, logits);
+  backend_.Sample(logits, {n, buffers_.sampling.device, buffers_.edits.device},
+                  buffers_.sampled.device);
+}
+
+absl::Status StepRunner::Score(const Layout& layout, StepResult& result) {
+  const int piece = options_.max_num_seqs;
+  for (size_t begin = 0; begin < layout.scored.size(); begin += piece) {
+    const int n = static_cast<int>(std::min<size_t>(piece, layout.scored.size() - begin));
+    for (int i = 0; i < n; ++i) {
+      buffers_.score_rows.host[i] = layout.scored[begin + i].row;
+      buffers_.score_ids.host[i] = layout.scored[begin + i].target;
+    }
+    const size_t bytes = sizeof(int32_t) * n;
+    backend_.Upload(buffers_.score_rows.host, bytes, buffers_.score_rows.device);
+    backend_.Upload(buffers_.score_ids.host, bytes, buffers_.score_ids.device);
+    const Tensor hidden = gathered_.FirstRows(n), logits = logits_.FirstRows(n);
+    backend_.GatherRows(act_.normed.FirstRows(layout.key.num_tokens), buffers_.score_rows.device,
+                        hidden);
+    model_.Logits(hidden, logits);
+    backend_.TokenLogprobs(logits, buffers_.score_ids.device, buffers_.scores.device);
+    backend_.Download(buffers_.scores.device, sizeof(float) * n, buffers_.scores.host);
+    MOBI_RETURN_IF_ERROR(backend_.Synchronize());
+    for (int i = 0; i < n; ++i) {
+      const int chunk = layout.scored[begin + i].result;
+      result.chunks[chunk].prompt_logprobs.push_back(buffers_.scores.host[i]);
+    }
+  }
+  return absl::OkStatus();
+}
+
+void StepRunner::Collect(const Layout& layout, StepResult& result) {
+  const auto tiles = static_cast<double>(model_.routed_tiles());
+  const auto bits = [&](int row) {
+    return tiles > 0 ? kSliceBits * buffers_.level_tiles.host[row] / tiles : kFloatBits;
+  };
+  for (size_t i = 0; i < result.chunks.size(); ++i) {
+    ChunkResult& r = result.chunks[i];
+    for (int t = 0; t < r.chunk.count; ++t) r.effective_bits_sum += bits(layout.first_row[i] + t);
+    r.last_effective_bits =
+        static_cast<float>(bits(layout.first_row[i] + r.chunk.count - 1));
+  }
+  for (int n = 0; n < layout.num_sampled; ++n) {
+    ChunkResult& r = result.chunks[layout.sampled_results[n]];
+    r.token = buffers_.sampled.host[n];
+    if (layout.top_logprobs > 0) r.top = &buffers_.top.host[n];
+  }
+  const double weights = tiles * kTileRows * kGroupSize;
+  result.loaded_bits =
+      tiles > 0 ? 8.0 * static_cast<double>(*buffers_.loaded_bytes.host) / weights : kFloatBits;
+}
+
+}  // namespace mobi
