@@ -399,7 +399,8 @@ void EngineImpl::Fail(const absl::Status& status) {
 void EngineImpl::PublishStats() {
   const auto target = std::bit_cast<PrecisionTarget>(precision_.load(std::memory_order_relaxed));
   counters_.running_requests = 0;
-  for (const auto& [id, request] : requests_) counters_.running_requests += !!request->first_scheduled;
+  for (const auto& [id, request] : requests_)
+    counters_.running_requests += !!request->first_scheduled;
   counters_.num_kv_blocks = allocator_.num_blocks();
   counters_.free_kv_blocks = allocator_.num_free();
   counters_.preemptions = scheduler_.preemptions();
@@ -432,21 +433,22 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
                              ? options.num_kv_blocks
                              : static_cast<int>(options.kv_memory_bytes / block_bytes);
   if (num_blocks < blocks_per_seq) {
-    return absl::ResourceExhaustedError(absl::StrCat(
-        "KV cache: ", num_blocks, " blocks of ", options.block_size, " tokens (",
-        num_blocks * block_bytes >> 20, " MiB) do not hold one sequence of ", max_model_len,
-        " tokens (", blocks_per_seq * block_bytes >> 20, " MiB); give it more memory or lower "
-        "max_model_len"));
+    return absl::ResourceExhaustedError(
+        absl::StrCat("KV cache: ", num_blocks, " blocks of ", options.block_size, " tokens (",
+                     num_blocks * block_bytes >> 20, " MiB) do not hold one sequence of ",
+                     max_model_len, " tokens (", blocks_per_seq * block_bytes >> 20,
+                     " MiB); give it more memory or lower "
+                     "max_model_len"));
   }
-  MOBI_ASSIGN_OR_RETURN(
-      KvCache kv, KvCache::Create(model.config(), num_blocks, options.block_size, backend));
+  MOBI_ASSIGN_OR_RETURN(KvCache kv,
+                        KvCache::Create(model.config(), num_blocks, options.block_size, backend));
   const auto points = options.coherent_decode && checkpoint.coherent_batch() > 0
                           ? checkpoint.coherent_price_table()
                           : checkpoint.price_table();
   PriceTable prices({points.begin(), points.end()});
-  MOBI_ASSIGN_OR_RETURN(StepRunner runner,
-                        StepRunner::Create(options, max_model_len, model, std::move(prices),
-                                           std::move(kv), backend));
+  MOBI_ASSIGN_OR_RETURN(
+      StepRunner runner,
+      StepRunner::Create(options, max_model_len, model, std::move(prices), std::move(kv), backend));
   return std::make_unique<EngineImpl>(options, max_model_len, model, clock, std::move(runner),
                                       num_blocks);
 }

@@ -80,7 +80,7 @@ class ModelLoader {
   absl::StatusOr<Tensor> Floats(const std::vector<float>& values, int64_t rows, int64_t cols,
                                 std::string_view what) {
     const size_t bytes = values.size() * sizeof(float);
-    MOBI_ASSIGN_OR_RETURN(std::byte* data, Allocate(bytes, what));
+    MOBI_ASSIGN_OR_RETURN(std::byte * data, Allocate(bytes, what));
     backend_.Upload(values.data(), bytes, data);
     return Tensor::Of(data, DType::kF32, rows, cols);
   }
@@ -103,7 +103,7 @@ class ModelLoader {
   absl::Status CheckFloat(const HostTensor& host) const {
     if (IsFloat(host.dtype)) return absl::OkStatus();
     return absl::DataLossError(absl::StrCat(checkpoint_.dir(), ": tensor ", host.name, " is ",
-                                            Name(host.dtype), ", not a float type"));
+                                            std::string(Name(host.dtype)), ", not a float type"));
   }
 
   absl::StatusOr<Tensor> Dense(const std::string& name, int64_t rows, int64_t cols) {
@@ -126,7 +126,8 @@ class ModelLoader {
     // A backend with fp32 activations reads any float type as it is; 16-bit backends their own.
     if (dtype == DType::kF32) dtype = hosts.front().dtype;
     MOBI_ASSIGN_OR_RETURN(
-        std::byte* data, Allocate(static_cast<size_t>(rows * cols) * SizeOf(dtype), parts[0].name));
+        std::byte * data,
+        Allocate(static_cast<size_t>(rows * cols) * SizeOf(dtype), parts[0].name));
     std::byte* at = data;
     for (const HostTensor& host : hosts) {
       UploadAs(host, dtype, at);
@@ -194,8 +195,8 @@ class ModelLoader {
     for (int i = 0; i < kNumSlices; ++i) {
       std::vector<absl::Span<const std::byte>> slices, scales;
       for (const SlicedTensors& part : parts) {
-        slices.push_back({reinterpret_cast<const std::byte*>(part.slices[i].data()),
-                          part.slices[i].size()});
+        slices.push_back(
+            {reinterpret_cast<const std::byte*>(part.slices[i].data()), part.slices[i].size()});
         scales.push_back({reinterpret_cast<const std::byte*>(part.scales[i].data()),
                           part.scales[i].size() * sizeof(uint16_t)});
       }
@@ -213,7 +214,7 @@ class ModelLoader {
       const std::vector<absl::Span<const std::byte>>& parts, std::string_view what) {
     size_t bytes = 0;
     for (const auto& part : parts) bytes += part.size();
-    MOBI_ASSIGN_OR_RETURN(std::byte* data, Allocate(bytes, what));
+    MOBI_ASSIGN_OR_RETURN(std::byte * data, Allocate(bytes, what));
     size_t at = 0;
     for (const auto& part : parts) {
       backend_.Upload(part.data(), part.size(), data + at);
@@ -235,15 +236,15 @@ class ModelLoader {
     MOBI_ASSIGN_OR_RETURN(router.b2, Raw(host.b2, 1, int64_t{segments} * kNumLevels));
     for (int s = 0; s < segments; ++s) {
       for (int level = 1; level <= kNumLevels; ++level) {
-        router.bytes[s][level - 1] = static_cast<float>(
-            BytesAtLevel(group.linears[s].rows, group.linears[s].cols, level));
+        router.bytes[s][level - 1] =
+            static_cast<float>(BytesAtLevel(group.linears[s].rows, group.linears[s].cols, level));
       }
     }
     return router;
   }
 
   absl::StatusOr<Tensor> Raw(const HostTensor& host, int64_t rows, int64_t cols) {
-    MOBI_ASSIGN_OR_RETURN(std::byte* data, Allocate(host.bytes.size(), host.name));
+    MOBI_ASSIGN_OR_RETURN(std::byte * data, Allocate(host.bytes.size(), host.name));
     backend_.Upload(host.bytes.data(), host.bytes.size(), data);
     return Tensor::Of(data, host.dtype, rows, cols);
   }

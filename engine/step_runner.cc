@@ -27,9 +27,9 @@ absl::StatusOr<StepRunner> StepRunner::Create(const EngineOptions& options, int 
   MOBI_ASSIGN_OR_RETURN(runner.buffers_, StepBuffers::Create(limits, backend));
   MOBI_ASSIGN_OR_RETURN(runner.act_, Activations::Create(config, max_tokens, backend));
   const DType dtype = backend.activation_dtype();
-  MOBI_ASSIGN_OR_RETURN(Buffer gathered,
-                        backend.Allocate(size_t{1} * max_seqs * config.hidden_size * SizeOf(dtype),
-                                         "hidden states"));
+  MOBI_ASSIGN_OR_RETURN(
+      Buffer gathered,
+      backend.Allocate(size_t{1} * max_seqs * config.hidden_size * SizeOf(dtype), "hidden states"));
   MOBI_ASSIGN_OR_RETURN(Buffer logits,
                         backend.Allocate(sizeof(float) * max_seqs * config.vocab_size, "logits"));
   runner.gathered_ = Tensor::Of(gathered.data(), dtype, max_seqs, config.hidden_size);
@@ -43,9 +43,8 @@ absl::StatusOr<StepResult> StepRunner::Run(absl::Span<const ScheduledChunk> plan
                                            const PrecisionTarget& target) {
   StepResult result;
   Layout layout = LayOut(plan, target, result);
-  const int real_tokens = layout.first_row.empty()
-                              ? 0
-                              : layout.first_row.back() + result.chunks.back().chunk.count;
+  const int real_tokens =
+      layout.first_row.empty() ? 0 : layout.first_row.back() + result.chunks.back().chunk.count;
   Pad(layout);
   buffers_.Upload(layout.key.num_seqs, layout.num_edits, backend_);
   backend_.RunStep(layout.key, [&] { Enqueue(layout); });
@@ -72,7 +71,7 @@ absl::StatusOr<StepResult> StepRunner::Run(absl::Span<const ScheduledChunk> plan
 
 StepRunner::Layout StepRunner::LayOut(absl::Span<const ScheduledChunk> plan,
                                       const PrecisionTarget& target, StepResult& result) {
-  for (const ScheduledChunk& chunk : plan) result.chunks.push_back({.chunk = chunk});
+  for (const ScheduledChunk& chunk : plan) result.chunks.emplace_back().chunk = chunk;
   // The decodes that may share a level come first, then the pinned ones, then prompts.
   const auto rank = [](const ChunkResult& r) {
     if (!r.chunk.decode) return 2;
@@ -241,8 +240,7 @@ void StepRunner::Collect(const Layout& layout, StepResult& result) {
   for (size_t i = 0; i < result.chunks.size(); ++i) {
     ChunkResult& r = result.chunks[i];
     for (int t = 0; t < r.chunk.count; ++t) r.effective_bits_sum += bits(layout.first_row[i] + t);
-    r.last_effective_bits =
-        static_cast<float>(bits(layout.first_row[i] + r.chunk.count - 1));
+    r.last_effective_bits = static_cast<float>(bits(layout.first_row[i] + r.chunk.count - 1));
   }
   for (int n = 0; n < layout.num_sampled; ++n) {
     ChunkResult& r = result.chunks[layout.sampled_results[n]];
