@@ -1,0 +1,141 @@
+#include <algorithm>
+#include <vector>
+
+#include "backend_suite.h"
+#include "kernels/cpu/reference_ops.h"
+
+namespace mobi {
+namespace {
+
+class BackendMatmul : public BackendTest {
+ protected:
+  std::vector<int64_t> RandomSegments() {
+    std::vector<int64_t> rows(Uniform(1, kMaxSegments));
+    for (int64_t& count : rows) count = kTileRows * Uniform(1, 9);
+    return rows;
+  }
+
+  std::vector<uint8_t> RandomLevels(size_t count) {
+    std::vector<uint8_t> levels(count);
+    for (uint8_t& level : levels) level = static_cast<uint8_t>(Uniform(1, kNumLevels));
+    return levels;
+  }
+
+  Matrix RunSliced(const Matrix& x, const SlicedWeight& weight, const std::vector<uint8_t>& levels,
+                   int64_t levels_stride) {
+    const Tensor out =
+        OnDevice(Matrix::Poisoned(activations(), x.rows, weight.rows, weight.rows + 16));
+    backend().SlicedMatmul(OnDevice(x), weight, OnDevice(levels), levels_stride, out);
+    return ToHost(out);
+  }
+
+  Matrix RunDense(const Matrix& x, Tensor weight, DType out_dtype) {
+    const Tensor out = OnDevice(Matrix::Poisoned(out_dtype, x.rows, weight.rows));
+    backend().DenseMatmul(OnDevice(x), weight, out);
+    return ToHost(out);
+  }
+};
+
+TEST_P(BackendMatmul, SlicedEqualsReferenceAtMixedLevels) {
+  for (const int tokens : {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 100, 130}) {
+    const int64_t cols = kGroupSize * Uniform(1, 6);
+    const HostWeight weight = RandomWeight(RandomSegments(), cols);
+    const Matrix x = Normal(activations(), tokens, cols, 1, cols + 8 * Uniform(0, 2));
+    const int64_t stride = tokens + Uniform(0, 3);
+    const std::vector<uint8_t> levels = RandomLevels(stride * weight.view.num_segments);
+
+    const Matrix expected = Matrix::Poisoned(DType::kF32, tokens, weight.view.rows);
+    reference::SlicedMatmul(x.view(), weight.view, levels.data(), stride, expected.view());
+    const Matrix actual = RunSliced(x, OnDevice(weight), levels, stride);
+    ExpectClose(actual, expected, ToleranceOf(Op::kMatmul, activations()),
+                std::to_string(tokens) + " tokens");
+  }
+}
+
+TEST_P(BackendMatmul, SlicedEqualsReferenceAtEachLevel) {
+  for (int level = 1; level <= kNumLevels; ++level) {
+    for (const int tokens : {1, 6, 40}) {
+      const int64_t cols = kGroupSize * Uniform(1, 12);
+      HostWeight weight = RandomWeight(RandomSegments(), cols);
+      const Matrix x = Normal(activations(), tokens, cols);
+      const std::vector<uint8_t> levels(tokens * weight.view.num_segments,
+                                        static_cast<uint8_t>(level));
+      const Matrix expected = Matrix::Poisoned(DType::kF32, tokens, weight.view.rows);
+      reference::SlicedMatmul(x.view(), weight.view, levels.data(), tokens, expected.view());
+      const Matrix actual = RunSliced(x, OnDevice(weight), levels, tokens);
+      ExpectClose(actual, expected, ToleranceOf(Op::kMatmul, activations()),
+                  std::to_string(tokens) + " tokens at level " + std::to_string(level));
+    }
+  }
+}
+
+// A token's row of the product: the same bits alone and in any company, whatever the others'
+// levels.
+TEST_P(BackendMatmul, SlicedIsBatchInvariant) {
+  const std::vector<int64_t> segments = {96, 32, 48};
+  const int64_t cols = kGroupSize * 5;
+  const SlicedWeight weight = OnDevice(RandomWeight(segments, cols));
+  const Matrix x = Normal(activations(), 200, cols);
+  const std::vector<uint8_t> levels = RandomLevels(x.rows * segments.size());
+  const Matrix together = RunSliced(x, weight, levels, x.rows);
+  for (const int count : {1, 2, 3, 5, 8, 16, 33, 97}) {
+    const int first = Uniform(0, static_cast<int>(x.rows) - count);
+    Matrix some = Matrix::Poisoned(x.dtype, count, cols);
+    Matrix expected = Matrix::Poisoned(x.dtype, count, weight.rows);
+    std::vector<uint8_t> some_levels(count * segments.size());
+    for (int i = 0; i < count; ++i) {
+      for (int64_t c = 0; c < cols; ++c) some.set(i, c, x.at(first + i, c));
+      for (int64_t c = 0; c < weight.rows; ++c) expected.set(i, c, together.at(first + i, c));
+      for (size_t s = 0; s < segments.size(); ++s) {
+        some_levels[s * count + i] = levels[s * x.rows + first + i];
+      }
+    }
+    ExpectSame(RunSliced(some, weight, some_levels, count), expected,
+               std::to_string(count) + " tokens from " + std::to_string(first));
+  }
+}
+
+TEST_P(BackendMatmul, DenseEqualsReference) {
+  for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16}) {
+    for (const int tokens : {1, 2, 3, 5, 8, 17, 33, 70}) {
+      const int64_t cols = 8 * Uniform(1, 70), rows = Uniform(1, 150);
+      const Matrix weight = Normal(dtype, rows, cols);
+      const Matrix x = Normal(activations(), tokens, cols, 1, cols + 8 * Uniform(0, 2));
+      const Matrix expected = Matrix::Poisoned(DType::kF32, tokens, rows);
+      reference::DenseMatmul(x.view(), weight.view(), expected.view());
+      for (const DType out : {activations(), DType::kF32}) {
+        const Matrix actual = RunDense(x, OnDevice(weight), out);
+        // A kernel may bring weights of another dtype to the activations' first.
+        const DType rounded = dtype == activations() ? out : activations();
+        ExpectClose(actual, expected, ToleranceOf(Op::kMatmul, rounded),
+                    std::to_string(rows) + "x" + std::to_string(cols) + ", " +
+                        std::to_string(tokens) + " tokens, " + std::string(Name(dtype)));
+      }
+    }
+  }
+}
+
+TEST_P(BackendMatmul, DenseIsBatchInvariant) {
+  const int64_t cols = 328, rows = 77;
+  for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16}) {
+    const Tensor weight = OnDevice(Normal(dtype, rows, cols));
+    const Matrix x = Normal(activations(), 100, cols);
+    const Matrix together = RunDense(x, weight, DType::kF32);
+    for (const int count : {1, 2, 4, 7, 16, 33}) {
+      const int first = Uniform(0, static_cast<int>(x.rows) - count);
+      Matrix some = Matrix::Poisoned(x.dtype, count, cols);
+      Matrix expected = Matrix::Poisoned(DType::kF32, count, rows);
+      for (int i = 0; i < count; ++i) {
+        for (int64_t c = 0; c < cols; ++c) some.set(i, c, x.at(first + i, c));
+        for (int64_t c = 0; c < rows; ++c) expected.set(i, c, together.at(first + i, c));
+      }
+      ExpectSame(RunDense(some, weight, DType::kF32), expected,
+                 std::to_string(count) + " tokens from " + std::to_string(first));
+    }
+  }
+}
+
+MOBI_BACKEND_SUITE(BackendMatmul);
+
+}  // namespace
+}  // namespace mobi
