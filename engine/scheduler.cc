@@ -85,7 +85,9 @@ void Scheduler::Admit(std::vector<ScheduledChunk>& plan, int& budget) {
     }
     prefix_queries_ += static_cast<uint64_t>(sequence.length());
     prefix_hits_ += static_cast<uint64_t>(sequence.num_computed);
-    sequence.request->usage.cached_tokens += sequence.num_computed;
+    if (sequence.index == 0 && !sequence.request->first_scheduled) {
+      sequence.request->usage.cached_tokens = sequence.num_computed;
+    }
     waiting_.erase(next);
     InsertOrdered(running_, &sequence);
     plan.push_back({&sequence, sequence.num_computed, count, /*decode=*/false});
