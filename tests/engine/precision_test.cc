@@ -1,0 +1,50 @@
+#include "engine/precision.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+namespace mobi {
+namespace {
+
+PriceTable Table() { return PriceTable({{2.0f, 100.0f}, {4.0f, 1.0f}, {8.0f, 1e-4f}}); }
+
+TEST(PriceTable, InterpolatesInTheLogarithmAndClampsAtItsEnds) {
+  const PriceTable table = Table();
+  EXPECT_FLOAT_EQ(table.PriceOf(3.0f), 10.0f);
+  EXPECT_NEAR(table.PriceOf(6.0f), 1e-2f, 1e-6f);
+  EXPECT_FLOAT_EQ(table.PriceOf(1.0f), 100.0f);
+  EXPECT_FLOAT_EQ(table.PriceOf(9.0f), 1e-4f);
+}
+
+TEST(PriceTable, TheEndsReadOneLevelWhateverTheScores) {
+  const TokenPrecision low = Table().Resolve(2.0f, 0.0f), high = Table().Resolve(8.0f, 0.0f);
+  EXPECT_EQ(low.min_level, 1);
+  EXPECT_EQ(low.max_level, 1);
+  EXPECT_EQ(high.min_level, 4);
+  EXPECT_EQ(high.max_level, 4);
+  const TokenPrecision mid = Table().Resolve(3.0f, std::log(2.0f));
+  EXPECT_EQ(mid.min_level, 1);
+  EXPECT_EQ(mid.max_level, 4);
+  EXPECT_NEAR(mid.price, 20.0f, 1e-4f);
+}
+
+TEST(PriceTable, RequestsKeepTheirBandAndPinnedOnesIgnoreTheTarget) {
+  const PriceTable table = Table();
+  const PrecisionTarget target{3.0f, 0.5f};
+  EXPECT_EQ(PriceTable::BitsOf({4.0f, 8.0f, 0}, target), 4.0f);
+  EXPECT_EQ(PriceTable::BitsOf({2.0f, 2.5f, 0}, target), 2.5f);
+  EXPECT_FLOAT_EQ(table.Resolve({3.5f, 3.5f, 0}, target).price, table.PriceOf(3.5f));
+  const TokenPrecision level = table.Resolve({2.0f, 8.0f, 3}, target);
+  EXPECT_EQ(level.min_level, 3);
+  EXPECT_EQ(level.max_level, 3);
+  EXPECT_EQ(PriceTable::BitsOf({2.0f, 8.0f, 3}, target), 6.0f);
+}
+
+TEST(PriceTable, AFloatModelIsNeverRouted) {
+  const TokenPrecision precision = PriceTable({}).Resolve({2.0f, 8.0f, 0}, {3.0f, 0.0f});
+  EXPECT_EQ(precision.min_level, precision.max_level);
+}
+
+}  // namespace
+}  // namespace mobi
