@@ -91,13 +91,14 @@ class Checkpoint {
   absl::Span<const PricePoint> coherent_price_table() const { return coherent_price_table_; }
   int coherent_batch() const { return coherent_batch_; }  // 0: no coherent table
 
-  bool Has(std::string_view name) const { return tensors_.contains(name); }
-  // NOT_FOUND names folder and tensor; the second form also checks the shape (DATA_LOSS).
+  bool Has(std::string_view name) const { return tensors_.find(name) != tensors_.end(); }
+  // NOT_FOUND names file and tensor; the second form also checks the shape (INVALID_ARGUMENT).
   absl::StatusOr<HostTensor> Tensor(std::string_view name) const;
   absl::StatusOr<HostTensor> Tensor(std::string_view name, absl::Span<const int64_t> shape) const;
-  // "model.layers.0.self_attn.q_proj". Reads the scales once: DATA_LOSS if one is not finite.
+  // "model.layers.0.self_attn.q_proj". Reads the scales once: INVALID_ARGUMENT if one is not
+  // finite.
   absl::StatusOr<SlicedTensors> Sliced(std::string_view linear, int64_t rows, int64_t cols) const;
-  // "model.layers.0.self_attn.qkv_router". DATA_LOSS if a weight is not finite.
+  // "model.layers.0.self_attn.qkv_router". INVALID_ARGUMENT if a weight is not finite.
   absl::StatusOr<RouterTensors> RouterOf(std::string_view router, int num_segments,
                                          int64_t cols) const;
 
@@ -106,18 +107,29 @@ class Checkpoint {
   int verified_files() const { return verified_files_; }
 
  private:
+  struct Entry {
+    const HostTensor* tensor;
+    const SafetensorsFile* file;
+  };
+
   Checkpoint() = default;
   absl::Status ReadConfig();
-  absl::Status ReadPriceTables();
+  absl::Status ReadQuantizationConfig();
   absl::Status OpenTensors();
+  absl::Status OpenShards(const std::string& index_path);
+  absl::Status CheckNames() const;
   absl::Status CheckTensors() const;
-  absl::Status CheckLinear(const LinearShape& linear) const;
-  absl::StatusOr<HostTensor> Typed(std::string_view name, DType dtype,
+  absl::Status CheckFloat(std::string_view name, absl::Span<const int64_t> shape) const;
+  absl::Status Error(std::string_view name, std::string_view reason) const;
+  // With this dtype and shape.
+  absl::StatusOr<HostTensor> Typed(const std::string& name, DType dtype,
                                    absl::Span<const int64_t> shape) const;
+  // Sliced and RouterOf without a look at the values.
   absl::StatusOr<SlicedTensors> SlicedViews(std::string_view linear, int64_t rows,
                                             int64_t cols) const;
   absl::StatusOr<RouterTensors> RouterViews(std::string_view router, int num_segments,
                                             int64_t cols) const;
+  std::vector<std::string> FilesRead() const;
 
   std::string dir_;
   ModelConfig config_;
@@ -126,8 +138,9 @@ class Checkpoint {
   std::vector<PricePoint> price_table_;
   std::vector<PricePoint> coherent_price_table_;
   int coherent_batch_ = 0;
+  std::string weights_path_;  // the single file or the index
   std::vector<SafetensorsFile> files_;
-  std::map<std::string, const HostTensor*, std::less<>> tensors_;  // into files_
+  std::map<std::string, Entry, std::less<>> tensors_;  // pointing into files_
   int verified_files_ = 0;
 };
 

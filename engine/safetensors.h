@@ -18,6 +18,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
+#include "engine/base/file_writer.h"
 #include "engine/base/mapped_file.h"
 #include "kernels/tensor.h"
 
@@ -45,8 +46,8 @@ std::string ShapeString(absl::Span<const int64_t> shape);
 inline constexpr uint64_t kMaxSafetensorsHeaderBytes = 8 << 20;
 
 // Checks a whole file given as bytes and returns its tensors in the order of their offsets. `file`
-// is named in errors. DATA_LOSS: the header lies or is broken; UNIMPLEMENTED: a dtype that is not
-// F32, F16, BF16, I32 or U8.
+// is named in errors. INVALID_ARGUMENT: the header lies or is broken; UNIMPLEMENTED: a dtype that
+// is not F32, F16, BF16, I32 or U8.
 absl::StatusOr<std::vector<HostTensor>> ParseSafetensors(absl::Span<const std::byte> bytes,
                                                          std::string_view file);
 
@@ -80,28 +81,24 @@ class SafetensorsWriter {
   static absl::StatusOr<SafetensorsWriter> Create(const std::string& path,
                                                   uint64_t header_capacity);
 
-  SafetensorsWriter(SafetensorsWriter&& other) noexcept;
-  SafetensorsWriter& operator=(SafetensorsWriter&&) = delete;
-  ~SafetensorsWriter();
-
   // True when the header has room for one more tensor of this name.
   bool HasRoomFor(std::string_view name) const;
-  // INVALID_ARGUMENT: bytes do not fit the shape, or the name is taken.
+  // INVALID_ARGUMENT: the name holds more than letters, digits and ._-, bytes do not fit the shape,
+  // the tensor would not be aligned to its elements,
+  // or the name is taken. RESOURCE_EXHAUSTED: no room in the header, or the disk is full.
   absl::Status Add(std::string_view name, DType dtype, absl::Span<const int64_t> shape,
                    absl::Span<const std::byte> bytes);
   // Writes the header, fsyncs and closes.
   absl::Status Finish();
 
+  const std::string& path() const { return file_.path(); }
   uint64_t data_bytes() const { return data_bytes_; }
 
  private:
-  SafetensorsWriter(std::string path, int fd, uint64_t header_capacity)
-      : path_(std::move(path)), fd_(fd), header_capacity_(header_capacity) {}
-  absl::Status Write(absl::Span<const std::byte> bytes, uint64_t offset);
+  SafetensorsWriter(FileWriter file, uint64_t header_capacity);
 
-  std::string path_;
-  int fd_ = -1;
-  uint64_t header_capacity_ = 0;
+  FileWriter file_;
+  uint64_t header_capacity_;
   uint64_t data_bytes_ = 0;
   std::string header_;  // JSON without the closing brace
   std::set<std::string, std::less<>> names_;

@@ -1,0 +1,32 @@
+// MANIFEST: the SHA-256 of every file of a checkpoint folder, in the format of sha256sum, so that
+// `sha256sum -c MANIFEST` checks it too. Pure functions on the file system.
+#ifndef MOBI_ENGINE_MANIFEST_H_
+#define MOBI_ENGINE_MANIFEST_H_
+
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+
+namespace mobi {
+
+inline constexpr char kManifestName[] = "MANIFEST";
+
+// True for a name that stays in its folder: not empty, no '/', not "." or "..".
+bool IsPlainFileName(std::string_view name);
+
+// Hashes every regular file in DIR and writes DIR/MANIFEST, fsynced.
+absl::Status WriteManifest(const std::string& dir);
+
+// Compares DIR with DIR/MANIFEST, reading every file it names; returns their number. `files` are
+// names that must be among them. NOT_FOUND: no MANIFEST or a file of it is missing;
+// INVALID_ARGUMENT: a broken line, a name outside the folder, one of `files` not covered;
+// DATA_LOSS: a file does not match.
+absl::StatusOr<int> VerifyManifest(const std::string& dir, absl::Span<const std::string> files);
+
+}  // namespace mobi
+
+#endif  // MOBI_ENGINE_MANIFEST_H_
