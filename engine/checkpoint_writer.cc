@@ -223,11 +223,11 @@ absl::Status CheckpointWriter::Commit(const nlohmann::json& quantization_config)
   MOBI_RETURN_IF_ERROR(NameShards());
   MOBI_RETURN_IF_ERROR(CopySourceFiles());
   nlohmann::json config = source_.config_json();
-  nlohmann::json quantization = {{"quant_method", "mobiquant"},
-                                 {"version", 1},
-                                 {"slice_bits", std::vector<int>(kNumSlices, kSliceBits)},
-                                 {"group_size", kGroupSize}};
-  quantization.update(quantization_config);
+  nlohmann::json quantization = quantization_config;
+  quantization.update({{"quant_method", "mobiquant"},
+                       {"version", 1},
+                       {"slice_bits", std::vector<int>(kNumSlices, kSliceBits)},
+                       {"group_size", kGroupSize}});
   config["quantization_config"] = std::move(quantization);
   MOBI_RETURN_IF_ERROR(WriteFile(partial_dir_ + "/config.json", Dump(config)));
   MOBI_RETURN_IF_ERROR(WriteManifest(partial_dir_));
