@@ -1,0 +1,190 @@
+#include "server/controller.h"
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "absl/strings/str_format.h"
+#include "server/rpc_status.h"
+
+namespace mobi {
+namespace {
+
+// log(price) at `bits`, interpolated, clamped to the table's ends.
+double LogPriceAt(absl::Span<const PricePoint> table, float bits) {
+  auto log_price = [](const PricePoint& point) { return std::log(std::max(point.price, 1e-30f)); };
+  auto above = std::find_if(table.begin(), table.end(),
+                            [bits](const PricePoint& point) { return point.bits >= bits; });
+  if (above == table.end()) return log_price(table.back());
+  if (above == table.begin()) return log_price(table.front());
+  const PricePoint& below = *(above - 1);
+  const double part = (bits - below.bits) / (above->bits - below.bits);
+  return log_price(below) + part * (log_price(*above) - log_price(below));
+}
+
+}  // namespace
+
+float NatsPerBit(absl::Span<const PricePoint> price_table, float bits) {
+  constexpr float kReach = 0.25f;
+  constexpr float kLeast = 0.05f;  // flat pieces must not switch the loop off
+  if (price_table.size() < 2) return 1;
+  const float low = std::max(bits - kReach, price_table.front().bits);
+  const float high = std::min(bits + kReach, price_table.back().bits);
+  if (high <= low) return 1;
+  const double fall = LogPriceAt(price_table, low) - LogPriceAt(price_table, high);
+  return std::max(static_cast<float>(fall / (high - low)), kLeast);
+}
+
+Controller::Controller(const ControllerOptions& options, const Policy& policy, const Clock& clock)
+    : options_(options), clock_(clock) {
+  policy_ = {.policy = std::make_shared<const Policy>(policy),
+             .yaml = "",
+             .source = "flags",
+             .generation = 1,
+             .applied_at = clock.WallNow()};
+  MutexLock lock(mutex_);
+  ChooseTargetLocked();
+}
+
+void Controller::Attach(Engine* engine, std::vector<PricePoint> price_table) {
+  MutexLock lock(mutex_);
+  engine_ = engine;
+  price_table_ = std::move(price_table);
+  status_.elastic = !price_table_.empty();
+  ApplyLocked();
+}
+
+void Controller::Tick() {
+  MutexLock lock(mutex_);
+  const TimePoint now = clock_.Now();
+  if (override_ && now >= override_->until) override_.reset();
+  ChooseTargetLocked();
+  if (engine_ == nullptr) return;
+  const EngineStats stats = engine_->stats();
+  if (status_.elastic) {
+    tracker_ = TrackBits(options_.tracker, status_.target_bits,
+                         NatsPerBit(price_table_, status_.target_bits), stats, tracker_);
+    ApplyLocked();
+  }
+  AverageLocked(now, stats);
+}
+
+PolicyVersion Controller::policy() const {
+  MutexLock lock(mutex_);
+  return policy_;
+}
+
+absl::Status Controller::SetPolicy(const Policy& policy, std::string yaml, std::string source,
+                                   std::optional<uint64_t> expected_generation) {
+  if (auto status = CheckPolicy(policy); !status.ok()) return status;
+  MutexLock lock(mutex_);
+  if (expected_generation && *expected_generation != policy_.generation) {
+    return absl::AbortedError(
+        absl::StrFormat("expected_generation: %d, but generation %d is in force",
+                        *expected_generation, policy_.generation));
+  }
+  policy_ = {.policy = std::make_shared<const Policy>(policy),
+             .yaml = std::move(yaml),
+             .source = std::move(source),
+             .generation = policy_.generation + 1,
+             .applied_at = clock_.WallNow()};
+  ChooseTargetLocked();
+  ApplyLocked();
+  return absl::OkStatus();
+}
+
+absl::Status Controller::Override(float target_bits, Duration ttl) {
+  if (!(target_bits >= kLowestBits && target_bits <= kHighestBits)) {
+    return FieldError("target_bits", absl::StrFormat("%g is out of range [%g, %g]", target_bits,
+                                                     kLowestBits, kHighestBits));
+  }
+  if (ttl < std::chrono::seconds(1) || ttl > options_.max_override) {
+    return FieldError("ttl", absl::StrFormat("%g s is out of range [1 s, %g s]", ToSeconds(ttl),
+                                             ToSeconds(options_.max_override)));
+  }
+  MutexLock lock(mutex_);
+  const auto wall_ttl = std::chrono::duration_cast<WallTime::duration>(ttl);
+  override_ = {target_bits, clock_.Now() + ttl, clock_.WallNow() + wall_ttl};
+  ChooseTargetLocked();
+  ApplyLocked();
+  return absl::OkStatus();
+}
+
+void Controller::ClearOverride() {
+  MutexLock lock(mutex_);
+  override_.reset();
+  ChooseTargetLocked();
+  ApplyLocked();
+}
+
+ControlStatus Controller::status() const {
+  MutexLock lock(mutex_);
+  ControlStatus status = status_;
+  status.time = clock_.WallNow();
+  if (engine_ != nullptr) {
+    status.engine = engine_->stats();
+    status.price = status.engine.price;
+  }
+  return status;
+}
+
+const PolicyWindow& Controller::WindowLocked() const { return policy_.policy->windows.back(); }
+
+void Controller::ChooseTargetLocked() {
+  const PolicyWindow& window = WindowLocked();
+  status_.window = window;
+  status_.policy_generation = policy_.generation;
+  status_.override_until.reset();
+  if (override_) {
+    status_.mode = ControlMode::kOverride;
+    status_.target_bits = override_->target_bits;
+    status_.override_until = override_->until_wall;
+    return;
+  }
+  const bool fixed = window.floor_bits == window.ceiling_bits;
+  status_.mode = fixed ? ControlMode::kFixed : ControlMode::kPolicy;
+  status_.target_bits = window.ceiling_bits;
+}
+
+void Controller::ApplyLocked() {
+  status_.log_price_trim = tracker_.trim;
+  status_.saturated = tracker_.saturated;
+  if (engine_ == nullptr) return;
+  engine_->SetPrecision({.target_bits = status_.target_bits, .log_price_trim = tracker_.trim});
+}
+
+void Controller::AverageLocked(TimePoint now, const EngineStats& stats) {
+  const Sample last = samples_.empty() ? Sample{now, stats} : samples_.back();
+  samples_.push_back({now, stats});
+  while (samples_.size() > 2 && now - samples_[1].time >= options_.averaging) samples_.pop_front();
+  const EngineStats& from = samples_.front().stats;
+  const double seconds = ToSeconds(now - samples_.front().time);
+  if (seconds <= 0) return;
+
+  status_.tokens_per_second =
+      static_cast<double>(stats.generation_tokens - from.generation_tokens) / seconds;
+  status_.prompt_tokens_per_second =
+      static_cast<double>(stats.prompt_tokens - from.prompt_tokens) / seconds;
+  if (const auto tokens = stats.effective_tokens - from.effective_tokens; tokens > 0) {
+    status_.effective_bits = static_cast<float>(
+        (stats.effective_bits_sum - from.effective_bits_sum) / static_cast<double>(tokens));
+  }
+  if (const auto steps = static_cast<double>(stats.steps - from.steps); steps > 0) {
+    status_.loaded_bits =
+        static_cast<float>((stats.loaded_bits_sum - from.loaded_bits_sum) / steps);
+    status_.step_seconds = (stats.step_seconds_sum - from.step_seconds_sum) / steps;
+  }
+  const PolicyWindow& window = status_.window;
+  const float range = window.ceiling_bits - window.floor_bits;
+  const bool measured = stats.effective_tokens > 0;
+  status_.bits_deficit =
+      !measured || range <= 0
+          ? 0
+          : std::clamp((window.ceiling_bits - status_.effective_bits) / range, 0.f, 1.f);
+  const bool worked = stats.effective_tokens > last.stats.effective_tokens;
+  if (worked && status_.effective_bits < window.floor_bits - options_.below_floor_margin) {
+    status_.seconds_below_floor += ToSeconds(now - last.time);
+  }
+}
+
+}  // namespace mobi

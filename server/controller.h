@@ -1,0 +1,124 @@
+// The control plane's loop: policy and override give a target, the inner loop holds it, and the
+// status says what came of it. Reads the engine's stats, sets its precision target, touches no
+// tensor. Tick runs on one thread (a PeriodicTask); everything else is thread-safe.
+#ifndef MOBI_SERVER_CONTROLLER_H_
+#define MOBI_SERVER_CONTROLLER_H_
+
+#include <chrono>
+#include <deque>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "engine/base/clock.h"
+#include "engine/base/mutex.h"
+#include "engine/checkpoint.h"
+#include "engine/engine.h"
+#include "server/bits_tracker.h"
+#include "server/policy.h"
+
+namespace mobi {
+
+using WallTime = std::chrono::system_clock::time_point;
+
+enum class ControlMode { kFixed, kPolicy, kOverride };
+
+struct ControllerOptions {
+  BitsTrackerOptions tracker;
+  Duration interval = std::chrono::milliseconds(50);  // of Tick
+  Duration averaging = std::chrono::seconds(1);       // of the status
+  Duration max_override = std::chrono::hours(24);
+  float below_floor_margin = 0.05f;  // bits under the floor that do not count as below it
+};
+
+// A policy in force and where it came from.
+struct PolicyVersion {
+  std::shared_ptr<const Policy> policy;
+  std::string yaml;
+  std::string source;  // "flags", "admin" or a path
+  uint64_t generation = 0;
+  WallTime applied_at{};
+};
+
+// Averages are over ControllerOptions::averaging, or over the last such time that had work.
+struct ControlStatus {
+  WallTime time{};
+  bool elastic = false;
+  float target_bits = 0;
+  float effective_bits = 0;
+  float loaded_bits = 0;
+  float price = 0;
+  float log_price_trim = 0;
+  bool saturated = false;
+  PolicyWindow window;
+  uint64_t policy_generation = 0;
+  ControlMode mode = ControlMode::kFixed;
+  std::optional<WallTime> override_until;
+  float bits_deficit = 0;
+  double seconds_below_floor = 0;
+  double tokens_per_second = 0;
+  double prompt_tokens_per_second = 0;
+  double step_seconds = 0;
+  EngineStats engine;
+};
+
+// Fall of log(price) for one more bit around `bits`; 1 without a table. Always > 0.
+float NatsPerBit(absl::Span<const PricePoint> price_table, float bits);
+
+class Controller {
+ public:
+  Controller(const ControllerOptions& options, const Policy& policy, const Clock& clock);
+
+  // `engine` outlives the controller. Sets its target at once.
+  void Attach(Engine* engine, std::vector<PricePoint> price_table);
+
+  // Reads stats, moves the target.
+  void Tick();
+
+  PolicyVersion policy() const;
+  // INVALID_ARGUMENT: the policy is bad; ABORTED: `expected_generation` is not the one in force.
+  absl::Status SetPolicy(const Policy& policy, std::string yaml, std::string source,
+                         std::optional<uint64_t> expected_generation);
+  // INVALID_ARGUMENT names the field. Takes effect before the engine's next step.
+  absl::Status Override(float target_bits, Duration ttl);
+  void ClearOverride();
+
+  ControlStatus status() const;
+
+ private:
+  struct Sample {
+    TimePoint time;
+    EngineStats stats;
+  };
+  struct ActiveOverride {
+    float target_bits;
+    TimePoint until;
+    WallTime until_wall;
+  };
+
+  const PolicyWindow& WindowLocked() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Override, else the window's target.
+  void ChooseTargetLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void ApplyLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void AverageLocked(TimePoint now, const EngineStats& stats) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
+  const ControllerOptions options_;
+  const Clock& clock_;
+  mutable Mutex mutex_;
+  Engine* engine_ ABSL_GUARDED_BY(mutex_) = nullptr;
+  std::vector<PricePoint> price_table_ ABSL_GUARDED_BY(mutex_);
+  PolicyVersion policy_ ABSL_GUARDED_BY(mutex_);
+  std::optional<ActiveOverride> override_ ABSL_GUARDED_BY(mutex_);
+  BitsTrackerState tracker_ ABSL_GUARDED_BY(mutex_);
+  std::deque<Sample> samples_ ABSL_GUARDED_BY(mutex_);
+  ControlStatus status_ ABSL_GUARDED_BY(mutex_);
+};
+
+}  // namespace mobi
+
+#endif  // MOBI_SERVER_CONTROLLER_H_
