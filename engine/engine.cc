@@ -282,6 +282,10 @@ void EngineImpl::Commit(const ChunkResult& result, TimePoint now) {
   request.effective_tokens += result.chunk.count;
   counters_.effective_bits_sum += result.effective_bits_sum;
   counters_.effective_tokens += static_cast<uint64_t>(result.chunk.count);
+  if (result.tracked) {
+    counters_.tracked_bits_sum += result.effective_bits_sum;
+    counters_.tracked_tokens += static_cast<uint64_t>(result.chunk.count);
+  }
   if (!result.chunk.decode) {
     counters_.prompt_tokens += static_cast<uint64_t>(result.chunk.count);
   }

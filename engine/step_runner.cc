@@ -119,6 +119,7 @@ void StepRunner::AddChunk(int index, const PrecisionTarget& target, ChunkResult&
   layout.max_query_len = std::max(layout.max_query_len, chunk.count);
   layout.key.max_context_len = std::max(layout.key.max_context_len, context);
   result.kv_bits = prices_.BitsOf(spec.precision, target);
+  result.tracked = !spec.precision.pinned() && result.kv_bits == target.target_bits;
 
   if (context == sequence.length() && spec.max_new_tokens > 0) {
     AddSampling(sequence, first + chunk.count - 1, index, layout);

@@ -25,6 +25,7 @@ struct ChunkResult {
   float kv_bits = 8;                 // bits that the chunk's tokens were asked to be computed at
   double effective_bits_sum = 0;     // over the chunk's tokens
   float last_effective_bits = 0;     // of the chunk's last token
+  bool tracked = false;              // the request's band holds the target: the price decided
   bool sampled = false;              // the chunk reached the end of the sequence
   Sampled token{};
   const TopLogprobs* top = nullptr;  // valid until the next step
