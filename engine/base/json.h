@@ -45,6 +45,12 @@ class JsonObject {
   absl::StatusOr<JsonObject> Object(std::string_view key) const;
   // The value is an array; the pointer is never null.
   absl::StatusOr<const nlohmann::json*> Array(std::string_view key) const;
+  // Element `index`, below the size, of the array `key`: an object.
+  absl::StatusOr<JsonObject> Element(std::string_view key, size_t index) const {
+    const absl::StatusOr<const nlohmann::json*> array = Array(key);
+    if (!array.ok()) return array.status();
+    return Of((**array)[index], file_, PathTo(key) + "[" + std::to_string(index) + "]");
+  }
 
   // The same with a default for an absent field.
   absl::StatusOr<int64_t> IntOr(std::string_view key, int64_t min, int64_t max,
