@@ -62,7 +62,9 @@ class EngineImpl final : public Engine {
   bool WaitForWork();
   void DrainQueues();
   void EndExpired(TimePoint now);
+  Duration PrefillTime(const Request& request) const;
   absl::Status Step();
+  void LearnPace(absl::Span<const ScheduledChunk> plan);
   void Commit(const ChunkResult& result, TimePoint now);
   void EmitToken(Sequence& sequence, const ChunkResult& result, TimePoint now);
   void EndCompletion(Sequence& sequence, FinishReason reason, std::optional<int32_t> stop_id);
@@ -84,6 +86,7 @@ class EngineImpl final : public Engine {
   Scheduler scheduler_;
   absl::flat_hash_map<RequestId, std::unique_ptr<Request>> requests_;
   EngineStats counters_;
+  double seconds_per_prompt_token_ = 0;  // about the fastest seen of late
 
   // The crossings.
   std::atomic<uint64_t> precision_{std::bit_cast<uint64_t>(PrecisionTarget{})};
@@ -243,6 +246,9 @@ void EngineImpl::EndExpired(TimePoint now) {
     if (now >= request->spec.deadline) {
       EndRequest(*request, FinishReason::kDeadline,
                  absl::DeadlineExceededError("the request's deadline has passed"));
+    } else if (!request->first_scheduled && now + PrefillTime(*request) >= request->spec.deadline) {
+      EndRequest(*request, FinishReason::kDeadline,
+                 absl::DeadlineExceededError("the deadline leaves no time to read the prompt"));
     } else if (!request->first_scheduled && now - request->arrival > options_.max_queue_wait) {
       EndRequest(*request, FinishReason::kError,
                  absl::ResourceExhaustedError(absl::StrCat(
@@ -251,10 +257,16 @@ void EngineImpl::EndExpired(TimePoint now) {
   }
 }
 
+// What reading the request's prompt will take at least, from the pace of past prompts.
+Duration EngineImpl::PrefillTime(const Request& request) const {
+  return std::chrono::duration_cast<Duration>(
+      std::chrono::duration<double>(seconds_per_prompt_token_ * request.prompt_length()));
+}
+
 absl::Status EngineImpl::Step() {
-  const std::vector<ScheduledChunk> plan = scheduler_.Schedule();
-  if (plan.empty()) return absl::OkStatus();
   const TimePoint begin = clock_.Now();
+  const std::vector<ScheduledChunk> plan = scheduler_.Schedule(begin);
+  if (plan.empty()) return absl::OkStatus();
   for (const ScheduledChunk& chunk : plan) {
     Request& request = *chunk.sequence->request;
     if (request.first_scheduled) continue;
@@ -271,7 +283,19 @@ absl::Status EngineImpl::Step() {
   counters_.loaded_bits_sum += result.loaded_bits;
   counters_.last_step_seconds = ToSeconds(now - begin);
   counters_.step_seconds_sum += counters_.last_step_seconds;
+  LearnPace(plan);
   return absl::OkStatus();
+}
+
+// Only steps full of prompt tokens tell the pace; it drifts up slowly, so that one lucky step does
+// not count for ever.
+void EngineImpl::LearnPace(absl::Span<const ScheduledChunk> plan) {
+  int prompt_tokens = 0;
+  for (const ScheduledChunk& chunk : plan) prompt_tokens += chunk.decode ? 0 : chunk.count;
+  if (prompt_tokens * 2 < options_.max_num_batched_tokens) return;
+  const double pace = counters_.last_step_seconds / prompt_tokens;
+  const double known = seconds_per_prompt_token_ * 1.05;
+  seconds_per_prompt_token_ = known == 0 ? pace : std::min(pace, known);
 }
 
 void EngineImpl::Commit(const ChunkResult& result, TimePoint now) {

@@ -1,6 +1,7 @@
 // From a request's sampling parameters and its tokens so far to the row the backend samples by:
 // penalties and logit_bias become edits of single logits. Pure.
-// Source: transformers' logits processors for repetition; presence and frequency as in OpenAI's API.
+// Source: transformers' logits processors for repetition; presence and frequency as in OpenAI's
+// API.
 #ifndef MOBI_ENGINE_SAMPLING_H_
 #define MOBI_ENGINE_SAMPLING_H_
 

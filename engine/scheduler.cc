@@ -1,20 +1,20 @@
 #include "engine/scheduler.h"
 
 #include <algorithm>
+#include <limits>
+#include <tuple>
 
 namespace mobi {
 namespace {
 
-// Order of service: priority, then arrival; completions of one request one after another.
-bool Before(const Sequence* a, const Sequence* b) {
-  const Request &ra = *a->request, &rb = *b->request;
-  if (ra.spec.priority != rb.spec.priority) return ra.spec.priority > rb.spec.priority;
-  if (ra.id != rb.id) return ra.id < rb.id;
-  return a->index < b->index;
-}
+constexpr size_t kMaxIdleTenants = 1024;
 
-void InsertOrdered(auto& list, Sequence* sequence) {
-  list.insert(std::upper_bound(list.begin(), list.end(), sequence, Before), sequence);
+// Order of service among those that run: aged priority, then arrival; completions of one request
+// one after another. The last is the first to be preempted.
+bool Before(const Sequence* a, const Sequence* b) {
+  if (a->aged_priority != b->aged_priority) return a->aged_priority > b->aged_priority;
+  if (a->request->id != b->request->id) return a->request->id < b->request->id;
+  return a->index < b->index;
 }
 
 // A sequence decodes once only its newest token is missing from the cache. A prompt's single
@@ -26,19 +26,35 @@ bool Decodes(const Sequence& s) {
 }  // namespace
 
 void Scheduler::Add(Request& request) {
-  for (Sequence& sequence : request.sequences) InsertOrdered(waiting_, &sequence);
+  Tenant& tenant = tenants_[request.spec.tenant];
+  if (tenant.sequences == 0) {
+    uint64_t least = std::numeric_limits<uint64_t>::max();
+    for (const auto& [name, other] : tenants_) {
+      if (other.sequences > 0) least = std::min(least, other.served);
+    }
+    if (least != std::numeric_limits<uint64_t>::max()) {
+      tenant.served = std::max(tenant.served, least);
+    }
+  }
+  for (Sequence& sequence : request.sequences) {
+    ++tenant.sequences;
+    waiting_.push_back(&sequence);
+  }
 }
 
-std::vector<ScheduledChunk> Scheduler::Schedule() {
+std::vector<ScheduledChunk> Scheduler::Schedule(TimePoint now) {
   std::vector<ScheduledChunk> plan;
   int budget = options_.max_num_batched_tokens;
+  const uint64_t preemptions = preemptions_;
   ScheduleDecodes(plan, budget);
   SchedulePrefills(plan, budget);
-  Admit(plan, budget);
-  // A later sequence may have preempted the blocks of one planned before it.
-  std::erase_if(plan, [](const ScheduledChunk& chunk) {
-    return chunk.sequence->num_computed != chunk.begin || chunk.sequence->blocks.empty();
-  });
+  if (preemptions_ > preemptions) {
+    // A prompt's growth may have preempted a decode planned before it. And where blocks are short
+    // nothing new starts.
+    std::erase_if(plan, [](const ScheduledChunk& chunk) { return chunk.sequence->blocks.empty(); });
+  } else {
+    Admit(plan, budget, now);
+  }
   return plan;
 }
 
@@ -65,10 +81,9 @@ void Scheduler::SchedulePrefills(std::vector<ScheduledChunk>& plan, int& budget)
   }
 }
 
-void Scheduler::Admit(std::vector<ScheduledChunk>& plan, int& budget) {
+void Scheduler::Admit(std::vector<ScheduledChunk>& plan, int& budget, TimePoint now) {
   while (budget > 0 && num_running() < options_.max_num_seqs) {
-    const auto next = std::find_if(waiting_.begin(), waiting_.end(),
-                                   [this](const Sequence* s) { return MayStart(*s); });
+    const auto next = NextWaiting(now);
     if (next == waiting_.end()) return;
     Sequence& sequence = **next;
     FindPrefix(sequence);
@@ -89,10 +104,30 @@ void Scheduler::Admit(std::vector<ScheduledChunk>& plan, int& budget) {
       sequence.request->usage.cached_tokens = sequence.num_computed;
     }
     waiting_.erase(next);
-    InsertOrdered(running_, &sequence);
+    InsertRunning(&sequence);
     plan.push_back({&sequence, sequence.num_computed, count, /*decode=*/false});
     budget -= count;
   }
+}
+
+std::vector<Sequence*>::iterator Scheduler::NextWaiting(TimePoint now) {
+  auto best = waiting_.end();
+  std::tuple<int, bool, uint64_t, RequestId, int> best_rank;
+  for (auto it = waiting_.begin(); it != waiting_.end(); ++it) {
+    Sequence& s = **it;
+    if (!MayStart(s)) continue;
+    const Request& request = *s.request;
+    s.aged_priority =
+        request.spec.priority + static_cast<int>((now - request.arrival) / options_.aging_interval);
+    // What was preempted comes first among equals: work has gone into it.
+    const std::tuple rank(-s.aged_priority, !s.preempted, tenants_[request.spec.tenant].served,
+                          request.id, s.index);
+    if (best == waiting_.end() || rank < best_rank) {
+      best = it;
+      best_rank = rank;
+    }
+  }
+  return best;
 }
 
 // Completions after the first wait until the shared prompt has been computed once.
@@ -139,8 +174,13 @@ bool Scheduler::Grow(Sequence& sequence, int length) {
 void Scheduler::Preempt(Sequence& sequence) {
   ++preemptions_;
   ReleaseBlocks(sequence);
+  sequence.preempted = true;
   std::erase(running_, &sequence);
-  InsertOrdered(waiting_, &sequence);
+  waiting_.push_back(&sequence);
+}
+
+void Scheduler::InsertRunning(Sequence* sequence) {
+  running_.insert(std::upper_bound(running_.begin(), running_.end(), sequence, Before), sequence);
 }
 
 void Scheduler::ReleaseBlocks(Sequence& sequence) {
@@ -156,6 +196,7 @@ void Scheduler::Computed(const ScheduledChunk& chunk, float kv_bits) {
   Sequence& s = *chunk.sequence;
   s.num_computed = chunk.begin + chunk.count;
   s.kv_bits = std::min(s.kv_bits, kv_bits);
+  tenants_[s.request->spec.tenant].served += static_cast<uint64_t>(chunk.count);
   const int bs = options_.block_size;
   for (; (s.chained_blocks + 1) * bs <= s.num_computed; ++s.chained_blocks) {
     const auto tokens = absl::MakeConstSpan(s.tokens).subspan(s.chained_blocks * bs, bs);
@@ -168,6 +209,9 @@ void Scheduler::Remove(Sequence& sequence) {
   sequence.finished = true;
   std::erase(running_, &sequence);
   std::erase(waiting_, &sequence);
+  // Tenants come from requests' metadata: those gone are forgotten, or the table would only grow.
+  const auto tenant = tenants_.find(sequence.request->spec.tenant);
+  if (--tenant->second.sequences == 0 && tenants_.size() > kMaxIdleTenants) tenants_.erase(tenant);
 }
 
 }  // namespace mobi

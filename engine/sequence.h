@@ -27,6 +27,8 @@ struct Sequence {
   int chained_blocks = 0;
   float kv_bits = 8.0f;  // fewest bits that any of its KV was computed at
   bool finished = false;
+  bool preempted = false;  // has run before and waits to be computed again
+  int aged_priority = 0;   // the request's priority, raised by its wait until it last started
   // Occurrences in the completion, kept only for requests that have penalties.
   absl::flat_hash_map<int32_t, int> generated_counts;
 

@@ -22,11 +22,11 @@ namespace mobi {
 // What one chunk of the plan gave.
 struct ChunkResult {
   ScheduledChunk chunk;
-  float kv_bits = 8;                 // bits that the chunk's tokens were asked to be computed at
-  double effective_bits_sum = 0;     // over the chunk's tokens
-  float last_effective_bits = 0;     // of the chunk's last token
-  bool tracked = false;              // the request's band holds the target: the price decided
-  bool sampled = false;              // the chunk reached the end of the sequence
+  float kv_bits = 8;              // bits that the chunk's tokens were asked to be computed at
+  double effective_bits_sum = 0;  // over the chunk's tokens
+  float last_effective_bits = 0;  // of the chunk's last token
+  bool tracked = false;           // the request's band holds the target: the price decided
+  bool sampled = false;           // the chunk reached the end of the sequence
   Sampled token{};
   const TopLogprobs* top = nullptr;  // valid until the next step
   // log p of the chunk's prompt tokens given what precedes, from token `first_scored` on.

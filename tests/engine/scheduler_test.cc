@@ -32,7 +32,7 @@ class Simulation {
       ASSERT_LT(step, 20000) << "starvation: " << live_.size() << " requests never end";
       while (added < num_requests && Draw(0, 3) == 0) Add(++added);
       if (!live_.empty() && Draw(0, 40) == 0) Cancel();
-      const auto plan = scheduler_.Schedule();
+      const auto plan = scheduler_.Schedule(TimePoint{} + step * std::chrono::milliseconds(50));
       CheckPlan(plan);
       for (const ScheduledChunk& chunk : plan) Compute(chunk);
       if (!live_.empty() && plan.empty()) ++idle_steps_;
@@ -61,6 +61,7 @@ class Simulation {
     auto request = std::make_unique<Request>();
     request->id = id;
     request->spec.priority = Draw(0, 2);
+    request->spec.tenant = std::string(1, static_cast<char>('a' + Draw(0, 2)));
     request->spec.n = Draw(1, 3);
     request->spec.max_new_tokens = Draw(1, std::min(20, max_len_ - 1));
     const int length = Draw(1, max_len_ - request->spec.max_new_tokens);
@@ -166,6 +167,69 @@ TEST(SchedulerSimulation, KeepsItsInvariantsOver20000Seeds) {
   // The loads reach what they are meant to test.
   EXPECT_GT(preemptions, 1000u);
   EXPECT_GT(hits, 1000u);
+}
+
+// Served by hand: one sequence at a time, each a prompt alone.
+class SchedulerOrder : public testing::Test {
+ protected:
+  void Add(RequestId id, const std::string& tenant, int priority, int arrival_s = 0) {
+    auto& request = requests_.emplace_back(std::make_unique<Request>());
+    request->id = id;
+    request->spec.tenant = tenant;
+    request->spec.priority = priority;
+    request->spec.prompt.assign(10, static_cast<int32_t>(id));
+    request->arrival = TimePoint{} + std::chrono::seconds(arrival_s);
+    Sequence& s = request->sequences.emplace_back();
+    s.request = request.get();
+    s.tokens = request->spec.prompt;
+    scheduler_.Add(*request);
+  }
+
+  std::vector<RequestId> Serve(int count, int now_s = 0) {
+    std::vector<RequestId> order;
+    for (int i = 0; i < count; ++i) {
+      const auto plan = scheduler_.Schedule(TimePoint{} + std::chrono::seconds(now_s));
+      EXPECT_EQ(plan.size(), 1u);
+      if (plan.empty()) break;
+      scheduler_.Computed(plan[0], 8.0f);
+      scheduler_.Remove(*plan[0].sequence);
+      order.push_back(plan[0].sequence->request->id);
+    }
+    return order;
+  }
+
+  using Order = std::vector<RequestId>;
+  BlockAllocator allocator_{64, [this](int32_t block) { cache_.Evict(block); }};
+  PrefixCache cache_{allocator_, 16};
+  Scheduler scheduler_{
+      {.block_size = 16, .max_num_seqs = 1, .max_num_batched_tokens = 64}, allocator_, cache_};
+  std::vector<std::unique_ptr<Request>> requests_;
+};
+
+TEST_F(SchedulerOrder, HigherPriorityFirstThenArrival) {
+  Add(1, "", 0);
+  Add(2, "", 1);
+  Add(3, "", 1);
+  EXPECT_EQ(Serve(3), (Order{2, 3, 1}));
+}
+
+TEST_F(SchedulerOrder, WaitingRaisesPriority) {
+  Add(1, "", 0, /*arrival_s=*/0);
+  Add(2, "", 1, /*arrival_s=*/5);
+  EXPECT_EQ(Serve(2, /*now_s=*/5), (Order{1, 2})) << "five seconds are two aging intervals";
+}
+
+TEST_F(SchedulerOrder, TenantsTakeTurnsWhateverTheyQueue) {
+  for (RequestId id = 1; id <= 6; ++id) Add(id, "greedy", 0);
+  for (RequestId id = 7; id <= 8; ++id) Add(id, "modest", 0);
+  EXPECT_EQ(Serve(8), (Order{1, 7, 2, 8, 3, 4, 5, 6}));
+}
+
+TEST_F(SchedulerOrder, IdlingEarnsATenantNoCredit) {
+  for (RequestId id = 1; id <= 6; ++id) Add(id, "busy", 0);
+  EXPECT_EQ(Serve(3), (Order{1, 2, 3}));
+  for (RequestId id = 7; id <= 9; ++id) Add(id, "late", 0);
+  EXPECT_EQ(Serve(4), (Order{4, 7, 5, 8}));
 }
 
 }  // namespace

@@ -1,0 +1,321 @@
+// The engine over tiny random models: what a request gets, whatever else happens around it.
+#include "engine/engine.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <random>
+#include <thread>
+
+#include "tests/engine/collecting_sink.h"
+#include "tests/engine/loaded_engine.h"
+#include "tests/engine/test_models.h"
+
+namespace mobi {
+namespace {
+
+class EngineTest : public testing::Test {
+ protected:
+  static void SetUpTestSuite() {
+    dir_ = new TempDir();
+    ASSERT_TRUE(WriteTestModels(*dir_).ok());
+  }
+  static void TearDownTestSuite() {
+    delete dir_;
+    dir_ = nullptr;
+  }
+
+  void Open(const EngineOptions& options = {}, const std::string& folder = "mobiquant") {
+    loaded_.reset();
+    auto loaded = LoadedEngine::Open(dir_->Sub(folder), options);
+    ASSERT_TRUE(loaded.ok()) << loaded.status();
+    loaded_ = *std::move(loaded);
+    engine_ = loaded_->engine.get();
+  }
+
+  std::vector<int32_t> Prompt(int length, int seed = 1) {
+    std::mt19937 random(seed);
+    std::vector<int32_t> prompt(length);
+    for (int32_t& id : prompt) id = static_cast<int32_t>(random() % 256);
+    return prompt;
+  }
+
+  GenerationRequest Request(int prompt_length, int max_new_tokens, int seed = 1) {
+    GenerationRequest request;
+    request.prompt = Prompt(prompt_length, seed);
+    request.max_new_tokens = max_new_tokens;
+    request.sampling.seed = seed;
+    request.ignore_eos = true;
+    return request;
+  }
+
+  std::vector<int32_t> Run(const GenerationRequest& request) {
+    CollectingSink sink;
+    EXPECT_TRUE(engine_->Submit(request, &sink).ok());
+    EXPECT_TRUE(sink.Wait().status.ok()) << sink.Wait().status;
+    return sink.completions[0];
+  }
+
+  // Blocks return within a step of the end; stats are published after it.
+  void ExpectAllBlocksFree() {
+    EngineStats stats;
+    for (int i = 0; i < 2000; ++i) {
+      stats = engine_->stats();
+      if (stats.free_kv_blocks == stats.num_kv_blocks && stats.running_requests == 0) break;
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    EXPECT_EQ(stats.free_kv_blocks, stats.num_kv_blocks);
+    EXPECT_EQ(stats.waiting_requests, 0);
+    EXPECT_EQ(stats.waiting_tokens, 0);
+  }
+
+  static TempDir* dir_;
+  std::unique_ptr<LoadedEngine> loaded_;
+  Engine* engine_ = nullptr;
+};
+TempDir* EngineTest::dir_ = nullptr;
+
+TEST_F(EngineTest, GeneratesAndReportsUsage) {
+  Open();
+  CollectingSink sink;
+  ASSERT_TRUE(engine_->Submit(Request(20, 10), &sink).ok());
+  const RequestEnd& end = sink.Wait();
+  EXPECT_TRUE(end.status.ok());
+  EXPECT_EQ(end.reason, FinishReason::kLength);
+  EXPECT_EQ(end.usage.prompt_tokens, 20);
+  EXPECT_EQ(end.usage.completion_tokens, 10);
+  EXPECT_EQ(sink.completions[0].size(), 10u);
+  EXPECT_EQ(sink.times_done, 1);
+  EXPECT_NEAR(end.mean_effective_bits, 8.0, 1e-6);
+  ExpectAllBlocksFree();
+}
+
+TEST_F(EngineTest, PinnedPrecisionGivesTheSameTokensAloneAndInCompany) {
+  EngineOptions options;
+  options.max_num_batched_tokens = 96;
+  for (const PrecisionBand band : {PrecisionBand{2, 2, 0}, PrecisionBand{3.5f, 3.5f, 0},
+                                   PrecisionBand{8, 8, 0}, PrecisionBand{2, 8, 3}}) {
+    Open(options);
+    GenerationRequest request = Request(37, 24);
+    request.precision = band;
+    const std::vector<int32_t> alone = Run(request);
+    Open(options);  // nothing cached
+    engine_->SetPrecision({4.0f, 0.1f});
+    std::vector<std::unique_ptr<CollectingSink>> company;
+    for (int i = 0; i < 12; ++i) {
+      company.push_back(std::make_unique<CollectingSink>());
+      ASSERT_TRUE(engine_->Submit(Request(11 + 13 * i, 20, 100 + i), company.back().get()).ok());
+    }
+    EXPECT_EQ(Run(request), alone) << band.min_bits << " " << band.level;
+    for (auto& sink : company) sink->Wait();
+  }
+}
+
+TEST_F(EngineTest, ChunkedPrefillAndPreemptionDoNotChangeTokens) {
+  Open();
+  std::vector<std::vector<int32_t>> expected;
+  std::vector<GenerationRequest> requests;
+  for (int i = 0; i < 6; ++i) {
+    requests.push_back(Request(40 + 9 * i, 60, i));
+    requests.back().precision = {4, 4, 0};
+    expected.push_back(Run(requests.back()));
+  }
+  EngineOptions tight;
+  tight.max_num_seqs = 6;
+  tight.max_num_batched_tokens = 16;
+  tight.num_kv_blocks = 20;
+  tight.max_model_len = 200;
+  Open(tight);
+  CollectingSink sinks[6];
+  for (int i = 0; i < 6; ++i) ASSERT_TRUE(engine_->Submit(requests[i], &sinks[i]).ok());
+  for (int i = 0; i < 6; ++i) {
+    EXPECT_TRUE(sinks[i].Wait().status.ok());
+    EXPECT_EQ(sinks[i].completions[0], expected[i]) << i;
+  }
+  EXPECT_GT(engine_->stats().preemptions, 0u) << "the test is meant to preempt";
+  ExpectAllBlocksFree();
+}
+
+TEST_F(EngineTest, CompletionsOfOneRequestShareThePromptAndDiffer) {
+  Open();
+  GenerationRequest request = Request(64, 16);
+  request.n = 4;
+  CollectingSink sink;
+  ASSERT_TRUE(engine_->Submit(request, &sink).ok());
+  const RequestEnd& end = sink.Wait();
+  EXPECT_EQ(end.usage.completion_tokens, 64);
+  EXPECT_EQ(sink.ends.size(), 4u);
+  EXPECT_NE(sink.completions[0], sink.completions[1]);
+  EXPECT_GE(engine_->stats().prefix_cache_hits, 3u * 48);
+}
+
+TEST_F(EngineTest, ASecondRequestFindsItsPrefixCachedAndSaysSo) {
+  Open();
+  const std::vector<int32_t> first = Run(Request(80, 8));
+  CollectingSink sink;
+  ASSERT_TRUE(engine_->Submit(Request(80, 8), &sink).ok());
+  EXPECT_EQ(sink.Wait().usage.cached_tokens, 64);
+  EXPECT_EQ(sink.completions[0], first);
+}
+
+TEST_F(EngineTest, StopsWhereItIsTold) {
+  Open();
+  GenerationRequest request = Request(20, 30);
+  const std::vector<int32_t> tokens = Run(request);
+  // A stop id ends the completion and is not part of it.
+  const auto at = std::find(tokens.begin(), tokens.end(), tokens[7]) - tokens.begin();
+  request.stop_ids = {tokens[7]};
+  CollectingSink stopped;
+  ASSERT_TRUE(engine_->Submit(request, &stopped).ok());
+  EXPECT_EQ(stopped.Wait().reason, FinishReason::kStop);
+  EXPECT_EQ(static_cast<std::ptrdiff_t>(stopped.completions[0].size()), at);
+  EXPECT_EQ(stopped.ends.at(0).stop_id, tokens[7]);
+  // A sink's no ends it with the token.
+  request.stop_ids.clear();
+  CollectingSink full(5);
+  ASSERT_TRUE(engine_->Submit(request, &full).ok());
+  EXPECT_EQ(full.Wait().reason, FinishReason::kStop);
+  EXPECT_EQ(full.completions[0].size(), 5u);
+  // The context ends it as length.
+  CollectingSink longest;
+  ASSERT_TRUE(engine_->Submit(Request(250, 100), &longest).ok());
+  EXPECT_EQ(longest.Wait().reason, FinishReason::kLength);
+  EXPECT_EQ(longest.completions[0].size(), 6u);
+}
+
+TEST_F(EngineTest, EffectiveBitsAreExactAtPinnedLevelsAndFollowTheTarget) {
+  Open();
+  for (int level = 1; level <= 4; ++level) {
+    GenerationRequest request = Request(20, 5, level);
+    request.precision.level = level;
+    CollectingSink sink;
+    ASSERT_TRUE(engine_->Submit(request, &sink).ok());
+    EXPECT_NEAR(sink.Wait().mean_effective_bits, 2.0 * level, 1e-6);
+    for (const float bits : sink.bits) EXPECT_FLOAT_EQ(bits, 2.0f * level);
+  }
+  // The target changes while a stream runs, and its next tokens show it.
+  CollectingSink sink;
+  engine_->SetPrecision({8.0f, 0});
+  ASSERT_TRUE(engine_->Submit(Request(20, 200, 9), &sink).ok());
+  sink.WaitForTokens(3);
+  engine_->SetPrecision({2.0f, 0});
+  sink.Wait();
+  EXPECT_FLOAT_EQ(sink.bits.front(), 8.0f);
+  EXPECT_FLOAT_EQ(sink.bits.back(), 2.0f);
+  // A floor holds in the same engine.
+  GenerationRequest premium = Request(20, 5, 10);
+  premium.precision.min_bits = 8.0f;
+  CollectingSink kept;
+  ASSERT_TRUE(engine_->Submit(premium, &kept).ok());
+  EXPECT_NEAR(kept.Wait().mean_effective_bits, 8.0, 1e-6);
+}
+
+TEST_F(EngineTest, CancelledAndExpiredRequestsFreeTheirBlocks) {
+  EngineOptions options;
+  options.max_num_seqs = 4;
+  options.max_num_batched_tokens = 32;
+  Open(options);
+  std::mt19937 random(7);
+  std::vector<std::unique_ptr<CollectingSink>> sinks;
+  for (int i = 0; i < 200; ++i) {
+    sinks.push_back(std::make_unique<CollectingSink>());
+    GenerationRequest request = Request(1 + random() % 100, 1 + random() % 100, i);
+    request.n = 1 + static_cast<int>(random() % 3);
+    if (i % 5 == 0) request.deadline = loaded_->clock.Now() + std::chrono::milliseconds(20);
+    const auto id = engine_->Submit(request, sinks.back().get());
+    ASSERT_TRUE(id.ok()) << id.status();
+    if (random() % 2 == 0) std::this_thread::sleep_for(std::chrono::microseconds(random() % 500));
+    engine_->Cancel(*id);
+    engine_->Cancel(*id);
+  }
+  for (auto& sink : sinks) {
+    sink->Wait();
+    EXPECT_EQ(sink->times_done, 1);
+  }
+  ExpectAllBlocksFree();
+}
+
+TEST_F(EngineTest, DeadlinesEndRequestsWherverTheyAre) {
+  Open();
+  GenerationRequest request = Request(20, 200);
+  request.deadline = loaded_->clock.Now();
+  CollectingSink sink;
+  ASSERT_TRUE(engine_->Submit(request, &sink).ok());
+  EXPECT_EQ(sink.Wait().status.code(), absl::StatusCode::kDeadlineExceeded);
+  EXPECT_EQ(sink.done->reason, FinishReason::kDeadline);
+  EXPECT_TRUE(sink.completions[0].empty());
+}
+
+TEST_F(EngineTest, RefusesWhatCanNeverRunAndWhatIsTooMuch) {
+  EngineOptions options;
+  options.max_waiting_requests = 4;
+  options.max_num_seqs = 1;
+  Open(options);
+  CollectingSink never;
+  const auto code = [&](GenerationRequest request) {
+    return engine_->Submit(std::move(request), &never).status().code();
+  };
+  GenerationRequest empty = Request(1, 1);
+  empty.prompt.clear();
+  EXPECT_EQ(code(empty), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(code(Request(256, 1)), absl::StatusCode::kInvalidArgument);
+  GenerationRequest outside = Request(4, 1);
+  outside.prompt[2] = 320;
+  EXPECT_EQ(code(outside), absl::StatusCode::kInvalidArgument);
+  outside.prompt[2] = -1;
+  EXPECT_EQ(code(outside), absl::StatusCode::kInvalidArgument);
+  std::vector<std::unique_ptr<CollectingSink>> sinks;
+  int refused = 0;
+  for (int i = 0; i < 30; ++i) {
+    auto sink = std::make_unique<CollectingSink>();
+    const auto id = engine_->Submit(Request(100, 100, i), sink.get());
+    if (id.ok()) {
+      sinks.push_back(std::move(sink));
+    } else {
+      EXPECT_EQ(id.status().code(), absl::StatusCode::kResourceExhausted);
+      ++refused;
+    }
+  }
+  EXPECT_GT(refused, 0);
+  loaded_.reset();  // stopping ends the rest, each exactly once
+  for (auto& sink : sinks) EXPECT_EQ(sink->times_done, 1);
+  EXPECT_FALSE(never.done.has_value());
+}
+
+TEST_F(EngineTest, ScoringGivesEveryPromptTokenButTheFirst) {
+  Open({}, "float");
+  GenerationRequest request = Request(100, 0);
+  request.prompt_logprobs = true;
+  CollectingSink sink;
+  ASSERT_TRUE(engine_->Submit(request, &sink).ok());
+  EXPECT_EQ(sink.Wait().usage.completion_tokens, 0);
+  ASSERT_EQ(sink.prompt_logprobs.size(), 100u);
+  for (int i = 1; i < 100; ++i) EXPECT_LT(sink.prompt_logprobs[i], 0.0f) << i;
+  EngineOptions chunked;
+  chunked.max_num_batched_tokens = 7;
+  chunked.max_num_seqs = 3;
+  Open(chunked, "float");
+  CollectingSink pieces;
+  ASSERT_TRUE(engine_->Submit(request, &pieces).ok());
+  pieces.Wait();
+  EXPECT_EQ(pieces.prompt_logprobs, sink.prompt_logprobs);
+}
+
+TEST_F(EngineTest, LogprobsAndMostLikelyTokensAgree) {
+  Open({}, "float");
+  GenerationRequest request = Request(30, 10);
+  request.sampling.temperature = 0;
+  request.top_logprobs = 5;
+  CollectingSink sink;
+  ASSERT_TRUE(engine_->Submit(request, &sink).ok());
+  sink.Wait();
+  ASSERT_EQ(sink.top.size(), 10u);
+  for (int i = 0; i < 10; ++i) {
+    EXPECT_EQ(sink.top[i].tokens[0], sink.completions[0][i]);
+    EXPECT_FLOAT_EQ(sink.top[i].logprobs[0], sink.logprobs[0][i]);
+    EXPECT_GE(sink.top[i].logprobs[0], sink.top[i].logprobs[4]);
+  }
+}
+
+}  // namespace
+}  // namespace mobi
