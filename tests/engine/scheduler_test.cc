@@ -35,7 +35,7 @@ class Simulation {
       const auto plan = scheduler_.Schedule(TimePoint{} + step * std::chrono::milliseconds(50));
       CheckPlan(plan);
       for (const ScheduledChunk& chunk : plan) Compute(chunk);
-      if (!live_.empty() && plan.empty()) ++idle_steps_;
+      if (!scheduler_.idle() && plan.empty()) ++idle_steps_;
       ASSERT_LT(idle_steps_, 3) << "work waits but nothing is scheduled";
       if (!plan.empty()) idle_steps_ = 0;
       EndFinished();
