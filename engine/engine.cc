@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <bit>
 #include <deque>
 #include <thread>
 #include <utility>
@@ -55,6 +54,7 @@ class EngineImpl final : public Engine {
   int max_model_len() const override { return max_model_len_; }
 
  private:
+  PrecisionTarget Target() const;
   absl::Status Validate(const GenerationRequest& request) const;
 
   // The engine's thread.
@@ -64,6 +64,7 @@ class EngineImpl final : public Engine {
   void EndExpired(TimePoint now);
   Duration PrefillTime(const Request& request) const;
   absl::Status Step();
+  void CountCoherent(const StepResult& result);
   void LearnPace(absl::Span<const ScheduledChunk> plan);
   void Commit(const ChunkResult& result, TimePoint now);
   void EmitToken(Sequence& sequence, const ChunkResult& result, TimePoint now);
@@ -89,7 +90,6 @@ class EngineImpl final : public Engine {
   double seconds_per_prompt_token_ = 0;  // about the fastest seen of late
 
   // The crossings.
-  std::atomic<uint64_t> precision_{std::bit_cast<uint64_t>(PrecisionTarget{})};
   std::atomic<RequestId> next_id_{1};
   mutable Mutex mutex_;
   CondVar wake_;
@@ -97,6 +97,7 @@ class EngineImpl final : public Engine {
   std::vector<RequestId> cancelled_ ABSL_GUARDED_BY(mutex_);
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
   bool failed_ ABSL_GUARDED_BY(mutex_) = false;
+  PrecisionTarget precision_ ABSL_GUARDED_BY(mutex_);
   // Requests accepted but not scheduled yet, wherever they are.
   int waiting_requests_ ABSL_GUARDED_BY(mutex_) = 0;
   int64_t waiting_tokens_ ABSL_GUARDED_BY(mutex_) = 0;
@@ -178,7 +179,13 @@ void EngineImpl::Cancel(RequestId id) {
 }
 
 void EngineImpl::SetPrecision(const PrecisionTarget& target) {
-  precision_.store(std::bit_cast<uint64_t>(target), std::memory_order_relaxed);
+  MutexLock lock(mutex_);
+  precision_ = target;
+}
+
+PrecisionTarget EngineImpl::Target() const {
+  MutexLock lock(mutex_);
+  return precision_;
 }
 
 EngineStats EngineImpl::stats() const {
@@ -275,16 +282,28 @@ absl::Status EngineImpl::Step() {
     --waiting_requests_;
     waiting_tokens_ -= request.prompt_length();
   }
-  const auto target = std::bit_cast<PrecisionTarget>(precision_.load(std::memory_order_relaxed));
+  const PrecisionTarget target = Target();
   MOBI_ASSIGN_OR_RETURN(StepResult result, runner_.Run(plan, target));
   const TimePoint now = clock_.Now();
   for (const ChunkResult& chunk : result.chunks) Commit(chunk, now);
+  CountCoherent(result);
   ++counters_.steps;
   counters_.loaded_bits_sum += result.loaded_bits;
   counters_.last_step_seconds = ToSeconds(now - begin);
   counters_.step_seconds_sum += counters_.last_step_seconds;
   LearnPace(plan);
   return absl::OkStatus();
+}
+
+// The decodes of a coherent step share levels, so any of them tells its bits; a request with a band
+// of its own among them would pull the others along, so only steps at the target count.
+void EngineImpl::CountCoherent(const StepResult& result) {
+  if (result.chunks.empty() || !result.chunks.front().coherent) return;
+  for (const ChunkResult& chunk : result.chunks) {
+    if (chunk.coherent && !chunk.tracked) return;
+  }
+  ++counters_.coherent_steps;
+  counters_.coherent_bits_sum += result.chunks.front().last_effective_bits;
 }
 
 // Only steps full of prompt tokens tell the pace; it drifts up slowly, so that one lucky step does
@@ -306,7 +325,7 @@ void EngineImpl::Commit(const ChunkResult& result, TimePoint now) {
   request.effective_tokens += result.chunk.count;
   counters_.effective_bits_sum += result.effective_bits_sum;
   counters_.effective_tokens += static_cast<uint64_t>(result.chunk.count);
-  if (result.tracked) {
+  if (result.tracked && !result.coherent) {
     counters_.tracked_bits_sum += result.effective_bits_sum;
     counters_.tracked_tokens += static_cast<uint64_t>(result.chunk.count);
   }
@@ -425,7 +444,7 @@ void EngineImpl::Fail(const absl::Status& status) {
 }
 
 void EngineImpl::PublishStats() {
-  const auto target = std::bit_cast<PrecisionTarget>(precision_.load(std::memory_order_relaxed));
+  const PrecisionTarget target = Target();
   counters_.running_requests = 0;
   for (const auto& [id, request] : requests_)
     counters_.running_requests += !!request->first_scheduled;
@@ -435,7 +454,7 @@ void EngineImpl::PublishStats() {
   counters_.prefix_cache_queries = scheduler_.prefix_queries();
   counters_.prefix_cache_hits = scheduler_.prefix_hits();
   counters_.target_bits = target.target_bits;
-  counters_.price = runner_.prices().Resolve(target.target_bits, target.log_price_trim).price;
+  counters_.price = runner_.prices().token.Resolve(target.target_bits, target.log_price_trim).price;
   MutexLock lock(mutex_);
   published_ = counters_;
 }
@@ -470,13 +489,13 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
   }
   MOBI_ASSIGN_OR_RETURN(KvCache kv,
                         KvCache::Create(model.config(), num_blocks, options.block_size, backend));
-  const auto points = options.coherent_decode && checkpoint.coherent_batch() > 0
-                          ? checkpoint.coherent_price_table()
-                          : checkpoint.price_table();
-  PriceTable prices({points.begin(), points.end()});
-  MOBI_ASSIGN_OR_RETURN(
-      StepRunner runner,
-      StepRunner::Create(options, max_model_len, model, std::move(prices), std::move(kv), backend));
+  const auto token = checkpoint.price_table();
+  // A checkpoint without a table for shared levels is priced by the other; the inner loop corrects.
+  const auto coherent = checkpoint.coherent_batch() > 0 ? checkpoint.coherent_price_table() : token;
+  const Prices prices{PriceTable({token.begin(), token.end()}),
+                      PriceTable({coherent.begin(), coherent.end()})};
+  MOBI_ASSIGN_OR_RETURN(StepRunner runner, StepRunner::Create(options, max_model_len, model, prices,
+                                                              std::move(kv), backend));
   return std::make_unique<EngineImpl>(options, max_model_len, model, clock, std::move(runner),
                                       num_blocks);
 }

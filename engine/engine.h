@@ -118,8 +118,10 @@ class TokenSink {
 // What the controller asks of the data plane.
 struct PrecisionTarget {
   float target_bits = 8.0f;
-  // Correction of the inner loop, added to log(price) at the target.
+  // Corrections of the inner loop, added to log(price) at the target: for tokens that choose for
+  // themselves, and for decodes that share a level.
   float log_price_trim = 0.0f;
+  float coherent_log_price_trim = 0.0f;
 };
 
 struct EngineOptions {
@@ -152,10 +154,13 @@ struct EngineStats {
   uint64_t prefix_cache_hits = 0;     // tokens found
   double effective_bits_sum = 0;      // over tokens; divide by effective_tokens
   uint64_t effective_tokens = 0;
-  // The same over tokens of requests whose band holds the target: what the price alone decided, and
-  // so what the controller may correct.
+  // The same over tokens of requests whose band holds the target and that chose for themselves:
+  // what the price alone decided, and so what the controller may correct.
   double tracked_bits_sum = 0;
   uint64_t tracked_tokens = 0;
+  // Over steps: bits that the decodes of a coherent step shared.
+  double coherent_bits_sum = 0;
+  uint64_t coherent_steps = 0;
   double loaded_bits_sum = 0;  // over steps: bits of weights moved, per weight; divide by steps
   double step_seconds_sum = 0;
   double last_step_seconds = 0;

@@ -27,13 +27,14 @@ float PriceTable::BitsOf(const PrecisionBand& band, const PrecisionTarget& targe
   return std::clamp(target.target_bits, band.min_bits, band.max_bits);
 }
 
-TokenPrecision PriceTable::Resolve(const PrecisionBand& band, const PrecisionTarget& target) const {
+TokenPrecision PriceTable::Resolve(const PrecisionBand& band, float target_bits,
+                                   float log_price_trim) const {
   if (band.level != 0) {
     const auto level = static_cast<uint8_t>(band.level);
     return {1.0f, level, level};
   }
   if (band.pinned()) return Resolve(band.min_bits, 0.0f);
-  return Resolve(BitsOf(band, target), target.log_price_trim);
+  return Resolve(std::clamp(target_bits, band.min_bits, band.max_bits), log_price_trim);
 }
 
 }  // namespace mobi

@@ -36,13 +36,26 @@ class PriceTable {
   // scores say; between them the price decides.
   TokenPrecision Resolve(float bits, float log_price_trim) const;
 
-  // A request's precision under the engine's target: pinned requests ignore target and trim.
-  TokenPrecision Resolve(const PrecisionBand& band, const PrecisionTarget& target) const;
+  // A request's precision under a target: pinned requests ignore target and trim.
+  TokenPrecision Resolve(const PrecisionBand& band, float target_bits, float log_price_trim) const;
   // The average bits asked for such a request's tokens.
   static float BitsOf(const PrecisionBand& band, const PrecisionTarget& target);
 
  private:
   std::vector<PricePoint> points_;
+};
+
+// The two regimes of a checkpoint: tokens that choose for themselves, and decodes that share
+// levels.
+struct Prices {
+  PriceTable token;
+  PriceTable coherent;
+
+  TokenPrecision Resolve(const PrecisionBand& band, const PrecisionTarget& target,
+                         bool is_coherent) const {
+    return is_coherent ? coherent.Resolve(band, target.target_bits, target.coherent_log_price_trim)
+                       : token.Resolve(band, target.target_bits, target.log_price_trim);
+  }
 };
 
 }  // namespace mobi

@@ -11,9 +11,9 @@
 namespace mobi {
 
 absl::StatusOr<StepRunner> StepRunner::Create(const EngineOptions& options, int max_model_len,
-                                              const Model& model, PriceTable prices, KvCache kv,
+                                              const Model& model, const Prices& prices, KvCache kv,
                                               Backend& backend) {
-  StepRunner runner(model, std::move(prices), std::move(kv), backend);
+  StepRunner runner(model, prices, std::move(kv), backend);
   runner.options_ = options;
   const ModelConfig& config = model.config();
   // Padding of captured steps may exceed the number of sequences.
@@ -83,7 +83,8 @@ StepRunner::Layout StepRunner::LayOut(absl::Span<const ScheduledChunk> plan,
   layout.key.decode_only = true;
   buffers_.query_start.host[0] = 0;
   for (size_t i = 0; i < result.chunks.size(); ++i) {
-    if (options_.coherent_decode && rank(result.chunks[i]) == 0) ++layout.key.num_coherent;
+    result.chunks[i].coherent = options_.coherent_decode && rank(result.chunks[i]) == 0;
+    layout.key.num_coherent += result.chunks[i].coherent;
     AddChunk(static_cast<int>(i), target, result.chunks[i], layout);
   }
   layout.key.num_logits = layout.num_sampled;
@@ -95,7 +96,7 @@ void StepRunner::AddChunk(int index, const PrecisionTarget& target, ChunkResult&
   const ScheduledChunk& chunk = result.chunk;
   const Sequence& sequence = *chunk.sequence;
   const GenerationRequest& spec = sequence.request->spec;
-  const TokenPrecision precision = prices_.Resolve(spec.precision, target);
+  const TokenPrecision precision = prices_.Resolve(spec.precision, target, result.coherent);
   const int first = layout.key.num_tokens, seq = layout.key.num_seqs;
   layout.first_row.push_back(first);
   for (int i = 0; i < chunk.count; ++i) {
@@ -118,7 +119,7 @@ void StepRunner::AddChunk(int index, const PrecisionTarget& target, ChunkResult&
   layout.key.decode_only &= chunk.decode;
   layout.max_query_len = std::max(layout.max_query_len, chunk.count);
   layout.key.max_context_len = std::max(layout.key.max_context_len, context);
-  result.kv_bits = prices_.BitsOf(spec.precision, target);
+  result.kv_bits = PriceTable::BitsOf(spec.precision, target);
   result.tracked = !spec.precision.pinned() && result.kv_bits == target.target_bits;
 
   if (context == sequence.length() && spec.max_new_tokens > 0) {

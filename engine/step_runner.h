@@ -26,6 +26,7 @@ struct ChunkResult {
   double effective_bits_sum = 0;  // over the chunk's tokens
   float last_effective_bits = 0;  // of the chunk's last token
   bool tracked = false;           // the request's band holds the target: the price decided
+  bool coherent = false;          // a decode that shared its levels
   bool sampled = false;           // the chunk reached the end of the sequence
   Sampled token{};
   const TopLogprobs* top = nullptr;  // valid until the next step
@@ -42,14 +43,14 @@ struct StepResult {
 class StepRunner {
  public:
   static absl::StatusOr<StepRunner> Create(const EngineOptions& options, int max_model_len,
-                                           const Model& model, PriceTable prices, KvCache kv,
+                                           const Model& model, const Prices& prices, KvCache kv,
                                            Backend& backend);
 
   // INTERNAL: the device has failed.
   absl::StatusOr<StepResult> Run(absl::Span<const ScheduledChunk> plan,
                                  const PrecisionTarget& target);
 
-  const PriceTable& prices() const { return prices_; }
+  const Prices& prices() const { return prices_; }
 
  private:
   // One row of normalised hidden states whose logits score a prompt token.
@@ -69,8 +70,8 @@ class StepRunner {
     std::vector<ScoredRow> scored;
   };
 
-  StepRunner(const Model& model, PriceTable prices, KvCache kv, Backend& backend)
-      : model_(model), prices_(std::move(prices)), kv_(std::move(kv)), backend_(backend) {}
+  StepRunner(const Model& model, const Prices& prices, KvCache kv, Backend& backend)
+      : model_(model), prices_(prices), kv_(std::move(kv)), backend_(backend) {}
 
   Layout LayOut(absl::Span<const ScheduledChunk> plan, const PrecisionTarget& target,
                 StepResult& result);
@@ -83,7 +84,7 @@ class StepRunner {
   void Collect(const Layout& layout, StepResult& result);
 
   const Model& model_;
-  PriceTable prices_;
+  Prices prices_;
   KvCache kv_;
   Backend& backend_;
   EngineOptions options_;

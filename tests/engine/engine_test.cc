@@ -14,6 +14,28 @@
 namespace mobi {
 namespace {
 
+// Holds the engine's thread at its first token until opened, so that what is submitted meanwhile
+// starts in one step.
+class GateSink final : public TokenSink {
+ public:
+  bool OnToken(const TokenEvent&) override {
+    MutexLock lock(mutex_);
+    while (!open_) changed_.Wait(mutex_);
+    return false;
+  }
+  void OnDone(const RequestEnd&) override {}
+  void Open() {
+    MutexLock lock(mutex_);
+    open_ = true;
+    changed_.NotifyAll();
+  }
+
+ private:
+  Mutex mutex_;
+  CondVar changed_;
+  bool open_ = false;
+};
+
 class EngineTest : public testing::Test {
  protected:
   static void SetUpTestSuite() {
@@ -100,7 +122,7 @@ TEST_F(EngineTest, PinnedPrecisionGivesTheSameTokensAloneAndInCompany) {
     request.precision = band;
     const std::vector<int32_t> alone = Run(request);
     Open(options);  // nothing cached
-    engine_->SetPrecision({4.0f, 0.1f});
+    engine_->SetPrecision({4.0f, 0.1f, 0});
     std::vector<std::unique_ptr<CollectingSink>> company;
     for (int i = 0; i < 12; ++i) {
       company.push_back(std::make_unique<CollectingSink>());
@@ -195,10 +217,10 @@ TEST_F(EngineTest, EffectiveBitsAreExactAtPinnedLevelsAndFollowTheTarget) {
   }
   // The target changes while a stream runs, and its next tokens show it.
   CollectingSink sink;
-  engine_->SetPrecision({8.0f, 0});
+  engine_->SetPrecision({8.0f, 0, 0});
   ASSERT_TRUE(engine_->Submit(Request(20, 200, 9), &sink).ok());
   sink.WaitForTokens(3);
-  engine_->SetPrecision({2.0f, 0});
+  engine_->SetPrecision({2.0f, 0, 0});
   sink.Wait();
   EXPECT_FLOAT_EQ(sink.bits.front(), 8.0f);
   EXPECT_FLOAT_EQ(sink.bits.back(), 2.0f);
@@ -208,6 +230,29 @@ TEST_F(EngineTest, EffectiveBitsAreExactAtPinnedLevelsAndFollowTheTarget) {
   CollectingSink kept;
   ASSERT_TRUE(engine_->Submit(premium, &kept).ok());
   EXPECT_NEAR(kept.Wait().mean_effective_bits, 8.0, 1e-6);
+}
+
+TEST_F(EngineTest, CoherentDecodesShareTheirBitsAndPinnedOnesKeepTheirOwn) {
+  EngineOptions options;
+  options.coherent_decode = true;
+  Open(options);
+  engine_->SetPrecision({4.0f, 0, 0});
+  GenerationRequest pinned = Request(20, 60, 50);
+  pinned.precision.level = 4;
+  GateSink gate;
+  ASSERT_TRUE(engine_->Submit(Request(4, 1), &gate).ok());
+  CollectingSink kept, sinks[8];
+  ASSERT_TRUE(engine_->Submit(pinned, &kept).ok());
+  for (int i = 0; i < 8; ++i) ASSERT_TRUE(engine_->Submit(Request(20, 60, i), &sinks[i]).ok());
+  gate.Open();
+  for (CollectingSink& sink : sinks) sink.Wait();
+  EXPECT_NEAR(kept.Wait().mean_effective_bits, 8.0, 1e-6);
+  const EngineStats stats = engine_->stats();
+  EXPECT_GT(stats.coherent_steps, 30u);
+  // The first token comes from the prompt's step, where tokens choose for themselves.
+  for (int step = 1; step < 60; ++step) {
+    for (int i = 1; i < 8; ++i) EXPECT_EQ(sinks[i].bits[step], sinks[0].bits[step]) << step;
+  }
 }
 
 TEST_F(EngineTest, CancelledAndExpiredRequestsFreeTheirBlocks) {

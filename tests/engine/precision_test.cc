@@ -31,18 +31,18 @@ TEST(PriceTable, TheEndsReadOneLevelWhateverTheScores) {
 
 TEST(PriceTable, RequestsKeepTheirBandAndPinnedOnesIgnoreTheTarget) {
   const PriceTable table = Table();
-  const PrecisionTarget target{3.0f, 0.5f};
+  const PrecisionTarget target{3.0f, 0.5f, 0.0f};
   EXPECT_EQ(PriceTable::BitsOf({4.0f, 8.0f, 0}, target), 4.0f);
   EXPECT_EQ(PriceTable::BitsOf({2.0f, 2.5f, 0}, target), 2.5f);
-  EXPECT_FLOAT_EQ(table.Resolve({3.5f, 3.5f, 0}, target).price, table.PriceOf(3.5f));
-  const TokenPrecision level = table.Resolve({2.0f, 8.0f, 3}, target);
+  EXPECT_FLOAT_EQ(table.Resolve({3.5f, 3.5f, 0}, 3.0f, 0.5f).price, table.PriceOf(3.5f));
+  const TokenPrecision level = table.Resolve({2.0f, 8.0f, 3}, 3.0f, 0.5f);
   EXPECT_EQ(level.min_level, 3);
   EXPECT_EQ(level.max_level, 3);
   EXPECT_EQ(PriceTable::BitsOf({2.0f, 8.0f, 3}, target), 6.0f);
 }
 
 TEST(PriceTable, AFloatModelIsNeverRouted) {
-  const TokenPrecision precision = PriceTable({}).Resolve({2.0f, 8.0f, 0}, {3.0f, 0.0f});
+  const TokenPrecision precision = PriceTable({}).Resolve({2.0f, 8.0f, 0}, 3.0f, 0.0f);
   EXPECT_EQ(precision.min_level, precision.max_level);
 }
 
