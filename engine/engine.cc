@@ -462,8 +462,8 @@ void EngineImpl::PublishStats() {
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options, Model& model,
-                                                       const Checkpoint& checkpoint,
-                                                       Backend& backend, const Clock& clock) {
+                                                       const WeightSource& source, Backend& backend,
+                                                       const Clock& clock) {
   if (options.max_num_seqs < 1 || options.block_size < 1 ||
       options.max_num_batched_tokens < options.max_num_seqs) {
     return absl::InvalidArgumentError(
@@ -489,9 +489,10 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
   }
   MOBI_ASSIGN_OR_RETURN(KvCache kv,
                         KvCache::Create(model.config(), num_blocks, options.block_size, backend));
-  const auto token = checkpoint.price_table();
+  const auto token = source.price_table();
   // A checkpoint without a table for shared levels is priced by the other; the inner loop corrects.
-  const auto coherent = checkpoint.coherent_batch() > 0 ? checkpoint.coherent_price_table() : token;
+  const auto coherent =
+      source.coherent_price_table().empty() ? token : source.coherent_price_table();
   const Prices prices{PriceTable({token.begin(), token.end()}),
                       PriceTable({coherent.begin(), coherent.end()})};
   MOBI_ASSIGN_OR_RETURN(StepRunner runner, StepRunner::Create(options, max_model_len, model, prices,

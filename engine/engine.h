@@ -19,8 +19,8 @@
 
 namespace mobi {
 
-class Checkpoint;
 class Model;
+class WeightSource;
 
 using RequestId = uint64_t;
 
@@ -173,9 +173,9 @@ class Engine {
  public:
   // Allocates everything that serving needs: RESOURCE_EXHAUSTED says what does not fit.
   // `model`, `backend` and `clock` outlive the engine and belong to its thread from now on; of
-  // `checkpoint` only the price table is read, now.
+  // `source` only the price table is read, now.
   static absl::StatusOr<std::unique_ptr<Engine>> Create(const EngineOptions& options, Model& model,
-                                                        const Checkpoint& checkpoint,
+                                                        const WeightSource& source,
                                                         Backend& backend, const Clock& clock);
   // Ends what still runs as kCancelled with UNAVAILABLE, then joins the thread.
   virtual ~Engine() = default;

@@ -13,8 +13,8 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "engine/checkpoint.h"
 #include "engine/model_config.h"
+#include "engine/weight_source.h"
 #include "kernels/backend.h"
 #include "kernels/sliced_weight.h"
 #include "kernels/tensor.h"
@@ -83,9 +83,9 @@ class Model {
  public:
   using Progress = std::function<void(int done, int total)>;  // layers
 
-  // Uploads the checkpoint's weights. Errors name the tensor; RESOURCE_EXHAUSTED says what does not
-  // fit. The checkpoint may be closed afterwards. max_positions 0: the configuration's.
-  static absl::StatusOr<std::unique_ptr<Model>> Load(const Checkpoint& checkpoint, Backend& backend,
+  // Uploads the source's weights. Errors name the tensor; RESOURCE_EXHAUSTED says what does not
+  // fit. The source may go afterwards. max_positions 0: the configuration's.
+  static absl::StatusOr<std::unique_ptr<Model>> Load(const WeightSource& source, Backend& backend,
                                                      int max_positions, const Progress& progress);
 
   const ModelConfig& config() const { return config_; }

@@ -1,5 +1,5 @@
-// Model::Load: from the host views of a checkpoint to tensors in the backend's memory. Linears that
-// share an input are stacked by rows, so that one op reads them all.
+// Model::Load: from the host views of a weight source to tensors in the backend's memory. Linears
+// that share an input are stacked by rows, so that one op reads them all.
 #include <cstring>
 #include <string>
 #include <utility>
@@ -37,11 +37,9 @@ bool IsFloat(DType dtype) {
 
 class ModelLoader {
  public:
-  ModelLoader(const Checkpoint& checkpoint, Backend& backend, int max_positions)
-      : checkpoint_(checkpoint),
-        backend_(backend),
-        model_(new Model(checkpoint.config(), backend)) {
-    model_->routed_ = checkpoint.quantized();
+  ModelLoader(const WeightSource& source, Backend& backend, int max_positions)
+      : source_(source), backend_(backend), model_(new Model(source.config(), backend)) {
+    model_->routed_ = source.quantized();
     model_->max_positions_ =
         max_positions > 0 ? max_positions : model_->config_.max_position_embeddings;
   }
@@ -95,14 +93,14 @@ class ModelLoader {
 
   absl::StatusOr<Tensor> Norm(const std::string& name) {
     const int64_t size = model_->config_.hidden_size;
-    MOBI_ASSIGN_OR_RETURN(HostTensor host, checkpoint_.Tensor(name, {size}));
+    MOBI_ASSIGN_OR_RETURN(HostTensor host, source_.Tensor(name, {size}));
     MOBI_RETURN_IF_ERROR(CheckFloat(host));
     return Floats(ToFloat(host), 1, size, name);
   }
 
   absl::Status CheckFloat(const HostTensor& host) const {
     if (IsFloat(host.dtype)) return absl::OkStatus();
-    return absl::DataLossError(absl::StrCat(checkpoint_.dir(), ": tensor ", host.name, " is ",
+    return absl::DataLossError(absl::StrCat(source_.name(), ": tensor ", host.name, " is ",
                                             std::string(Name(host.dtype)), ", not a float type"));
   }
 
@@ -118,7 +116,7 @@ class ModelLoader {
     const int64_t cols = parts.front().cols;
     DType dtype = backend_.activation_dtype();
     for (const LinearShape& part : parts) {
-      MOBI_ASSIGN_OR_RETURN(HostTensor host, checkpoint_.Tensor(part.name, {part.rows, part.cols}));
+      MOBI_ASSIGN_OR_RETURN(HostTensor host, source_.Tensor(part.name, {part.rows, part.cols}));
       MOBI_RETURN_IF_ERROR(CheckFloat(host));
       hosts.push_back(std::move(host));
       rows += part.rows;
@@ -182,11 +180,11 @@ class ModelLoader {
       const LinearShape& linear = group.linears[s];
       if (linear.rows % kTileRows != 0) {
         return absl::UnimplementedError(
-            absl::StrCat(checkpoint_.dir(), ": ", linear.name, " has ", linear.rows,
+            absl::StrCat(source_.name(), ": ", linear.name, " has ", linear.rows,
                          " output features, not a multiple of ", kTileRows));
       }
       MOBI_ASSIGN_OR_RETURN(SlicedTensors part,
-                            checkpoint_.Sliced(linear.name, linear.rows, linear.cols));
+                            source_.Sliced(linear.name, linear.rows, linear.cols));
       parts.push_back(std::move(part));
       weight.rows += linear.rows;
       weight.segment_end[s] = weight.rows;
@@ -226,7 +224,7 @@ class ModelLoader {
   absl::StatusOr<Router> LoadRouter(const RoutedGroup& group, const SlicedWeight& weight) {
     const int segments = weight.num_segments;
     MOBI_ASSIGN_OR_RETURN(RouterTensors host,
-                          checkpoint_.RouterOf(group.router, segments, weight.cols));
+                          source_.RouterOf(group.router, segments, weight.cols));
     Router router;
     router.num_hidden = host.num_hidden;
     MOBI_ASSIGN_OR_RETURN(router.w1, Raw(host.w1, host.num_hidden, weight.cols));
@@ -249,14 +247,14 @@ class ModelLoader {
     return Tensor::Of(data, host.dtype, rows, cols);
   }
 
-  const Checkpoint& checkpoint_;
+  const WeightSource& source_;
   Backend& backend_;
   std::unique_ptr<Model> model_;
 };
 
-absl::StatusOr<std::unique_ptr<Model>> Model::Load(const Checkpoint& checkpoint, Backend& backend,
+absl::StatusOr<std::unique_ptr<Model>> Model::Load(const WeightSource& source, Backend& backend,
                                                    int max_positions, const Progress& progress) {
-  return ModelLoader(checkpoint, backend, max_positions).Load(progress);
+  return ModelLoader(source, backend, max_positions).Load(progress);
 }
 
 }  // namespace mobi

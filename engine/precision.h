@@ -7,8 +7,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "engine/checkpoint.h"
 #include "engine/engine.h"
+#include "engine/weight_source.h"
 
 namespace mobi {
 
