@@ -45,8 +45,12 @@ struct Tensor {
     return static_cast<T*>(data) + row * stride;
   }
 
-  // The first `count` rows, and the columns [begin, begin + count).
+  // The first `count` rows, and the rows or columns [begin, begin + count).
   Tensor FirstRows(int64_t count) const { return {data, dtype, count, cols, stride}; }
+  Tensor Rows(int64_t begin, int64_t count) const {
+    return {static_cast<std::byte*>(data) + begin * stride * static_cast<int64_t>(SizeOf(dtype)),
+            dtype, count, cols, stride};
+  }
   Tensor Columns(int64_t begin, int64_t count) const {
     return {static_cast<std::byte*>(data) + begin * static_cast<int64_t>(SizeOf(dtype)), dtype,
             rows, count, stride};

@@ -2,9 +2,13 @@
 #include <memory>
 #include <string>
 
+#include "absl/strings/str_cat.h"
 #include "kernels/backend.h"
 #include "kernels/cpu/host_memory.h"
 #include "kernels/cpu/reference_ops.h"
+#include "kernels/cpu/sliced_matmul.h"
+#include "kernels/cpu/thread_pool.h"
+#include "kernels/cpu/workspace.h"
 
 namespace mobi {
 namespace {
@@ -36,7 +40,7 @@ class HostBackend : public Backend {
   void Free(void* data) final { FreeHost(data); }
 };
 
-class ReferenceBackend final : public HostBackend {
+class ReferenceBackend : public HostBackend {
  public:
   std::string_view name() const override { return "cpu"; }
   std::string description() const override { return "CPU, scalar reference, 1 thread"; }
@@ -85,10 +89,31 @@ class ReferenceBackend final : public HostBackend {
   }
 };
 
+class SimdBackend final : public ReferenceBackend {
+ public:
+  explicit SimdBackend(int num_threads) : pool_(num_threads), workspace_(num_threads) {}
+
+  std::string description() const override {
+    return absl::StrCat("CPU, ", "SIMD", ", ", pool_.num_threads(),
+                        pool_.num_threads() == 1 ? " thread" : " threads");
+  }
+
+  void SlicedMatmul(Tensor x, const SlicedWeight& weight, const uint8_t* levels,
+                    int64_t levels_stride, Tensor out) override {
+    cpu::SlicedMatmul(pool_, workspace_, x, weight, levels, levels_stride, out);
+  }
+
+ private:
+  cpu::ThreadPool pool_;
+  cpu::Workspace workspace_;
+};
+
 }  // namespace
 
-std::unique_ptr<Backend> CreateCpuBackend(const CpuOptions&) {
-  return std::make_unique<ReferenceBackend>();
+std::unique_ptr<Backend> CreateCpuBackend(const CpuOptions& options) {
+  if (options.reference) return std::make_unique<ReferenceBackend>();
+  return std::make_unique<SimdBackend>(options.num_threads > 0 ? options.num_threads
+                                                               : NumUsableCores());
 }
 
 }  // namespace mobi
