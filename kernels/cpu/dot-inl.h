@@ -29,18 +29,18 @@ constexpr size_t kBlockRows = 16;
 constexpr size_t kSumsPerToken = kBlockRows * kLanes;
 
 // Adds to sums[t][r][lane], for 4 rows and T tokens, the products of `length` columns. Row r of the
-// block is at w + r * w_stride, sums of its neighbours kLanes apart, of the next token
-// kSumsPerToken. `length` is a multiple of kLanes.
+// block is at w + r * w_stride, the columns of token t at x[t] + x_offset; sums of its neighbours
+// kLanes apart, of the next token kSumsPerToken. `length` is a multiple of kLanes.
 template <int T>
 HWY_INLINE void Dot4Rows(const float* HWY_RESTRICT w, size_t w_stride, const float* const* x,
-                         size_t length, float* HWY_RESTRICT sums) {
+                         size_t x_offset, size_t length, float* HWY_RESTRICT sums) {
   const FloatTag d;
   const auto sum = [&](int t, int r) HWY_ATTR { return sums + t * kSumsPerToken + r * kLanes; };
   constexpr int t1 = T > 1 ? 1 : 0, t2 = T > 2 ? 2 : 0, t3 = T > 3 ? 3 : 0;
-  const float* HWY_RESTRICT x0 = x[0];
-  const float* HWY_RESTRICT x1 = x[t1];
-  const float* HWY_RESTRICT x2 = x[t2];
-  const float* HWY_RESTRICT x3 = x[t3];
+  const float* HWY_RESTRICT x0 = x[0] + x_offset;
+  const float* HWY_RESTRICT x1 = x[t1] + x_offset;
+  const float* HWY_RESTRICT x2 = x[t2] + x_offset;
+  const float* HWY_RESTRICT x3 = x[t3] + x_offset;
   auto s00 = hn::Load(d, sum(0, 0)), s01 = hn::Load(d, sum(0, 1));
   auto s02 = hn::Load(d, sum(0, 2)), s03 = hn::Load(d, sum(0, 3));
   auto s10 = hn::Load(d, sum(t1, 0)), s11 = hn::Load(d, sum(t1, 1));
@@ -103,26 +103,25 @@ HWY_INLINE void Dot4Rows(const float* HWY_RESTRICT w, size_t w_stride, const flo
   }
 }
 
-// The same for a block of kBlockRows rows and any number of tokens; x[t] is token t's input at the
-// block's first column.
+// The same for a block of kBlockRows rows and any number of tokens.
 inline void DotBlock(const float* HWY_RESTRICT w, size_t w_stride, const float* const* x,
-                     size_t num_tokens, size_t length, float* HWY_RESTRICT sums) {
+                     size_t x_offset, size_t num_tokens, size_t length, float* HWY_RESTRICT sums) {
   for (size_t t = 0; t < num_tokens; t += 4) {
     for (size_t r = 0; r < kBlockRows; r += 4) {
       const float* rows = w + r * w_stride;
       float* at = sums + t * kSumsPerToken + r * kLanes;
       switch (std::min<size_t>(4, num_tokens - t)) {
         case 1:
-          Dot4Rows<1>(rows, w_stride, x + t, length, at);
+          Dot4Rows<1>(rows, w_stride, x + t, x_offset, length, at);
           break;
         case 2:
-          Dot4Rows<2>(rows, w_stride, x + t, length, at);
+          Dot4Rows<2>(rows, w_stride, x + t, x_offset, length, at);
           break;
         case 3:
-          Dot4Rows<3>(rows, w_stride, x + t, length, at);
+          Dot4Rows<3>(rows, w_stride, x + t, x_offset, length, at);
           break;
         default:
-          Dot4Rows<4>(rows, w_stride, x + t, length, at);
+          Dot4Rows<4>(rows, w_stride, x + t, x_offset, length, at);
       }
     }
   }

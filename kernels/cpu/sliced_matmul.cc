@@ -22,11 +22,15 @@ constexpr int kMaxTokens = 256;
 // level cache.
 constexpr int64_t kChunkGroups = 4;
 constexpr int64_t kChunk = kChunkGroups * kGroupSize;
+// Strides that are not a power of two spread rows over the sets of the cache.
+constexpr int64_t kStridePadding = 16;
+constexpr int64_t kChunkStride = kChunk + kStridePadding;
 
 // The tokens of one pass, sorted by level for each segment.
 struct LevelOrder {
-  int num_tokens = 0;
   std::array<std::array<int16_t, kMaxTokens>, kMaxSegments> token;
+  // Where each of them has its input in the order of the lanes.
+  std::array<std::array<const float*, kMaxTokens>, kMaxSegments> input;
   // Tokens of level k of segment s are token[s][begin[s][k - 1] .. begin[s][k]).
   std::array<std::array<int, kNumLevels + 1>, kMaxSegments> begin;
 };
@@ -35,9 +39,25 @@ struct SlicedJob {
   const SlicedWeight* weight;
   const LevelOrder* order;
   Tensor x;         // the tokens of this pass
-  float* permuted;  // [num_tokens, cols] x in the order of the lanes
+  float* permuted;  // [num_tokens, stride] x in the order of the lanes
+  int64_t stride;
   Tensor out;
 };
+
+// fraction[i]: what a code of `Level` reads as, see Fraction, where its bits are bits Sub and up of
+// the index i and the other bits of i may be anything.
+template <int Level, int Sub>
+struct FractionTable {
+  alignas(64) float fraction[16];
+  constexpr FractionTable() : fraction() {
+    for (int i = 0; i < 16; ++i) {
+      const int code = (i >> Sub) & ((1 << BitsOfLevel(Level)) - 1);
+      fraction[i] = 1.0f + (static_cast<float>(code) + 0.5f) / (1 << BitsOfLevel(Level));
+    }
+  }
+};
+template <int Level, int Sub>
+inline constexpr FractionTable<Level, Sub> kFractions;
 
 }  // namespace mobi::cpu
 #endif  // MOBI_KERNELS_CPU_SLICED_MATMUL_CC_ONCE_
@@ -82,12 +102,21 @@ struct Codes<1> {
   HWY_INLINE explicit Codes(const Words (&w)[1]) : container{w[0]} {}
 };
 
+// Bits of yes where the mask has ones, of no elsewhere.
+HWY_INLINE Words Select(Words mask, Words yes, Words no) {
+#if HWY_TARGET == HWY_AVX3
+  return hn::IfVecThenElse(mask, yes, no);  // one instruction; elsewhere it selects whole bytes
+#else
+  return hn::OrAnd(hn::AndNot(mask, no), mask, yes);
+#endif
+}
+
 // Pairs of 2-bit fields a, b as 4-bit codes: even fields first, then odd ones.
 HWY_INLINE Words JoinEven(Words a, Words b) {
-  return hn::IfVecThenElse(hn::Set(WordTag(), 0xCCCCCCCCu), hn::ShiftLeft<2>(a), b);
+  return Select(hn::Set(WordTag(), 0xCCCCCCCCu), hn::ShiftLeft<2>(a), b);
 }
 HWY_INLINE Words JoinOdd(Words a, Words b) {
-  return hn::IfVecThenElse(hn::Set(WordTag(), 0xCCCCCCCCu), a, hn::ShiftRight<2>(b));
+  return Select(hn::Set(WordTag(), 0xCCCCCCCCu), a, hn::ShiftRight<2>(b));
 }
 
 template <>
@@ -105,10 +134,10 @@ struct Codes<3> {
   HWY_INLINE explicit Codes(const Words (&w)[3]) {
     const Words mask = hn::Set(WordTag(), 0xFCFCFCFCu);
     const Words even = JoinEven(w[0], w[1]), odd = JoinOdd(w[0], w[1]);
-    container[0] = hn::IfVecThenElse(mask, hn::ShiftLeft<2>(even), w[2]);
-    container[1] = hn::IfVecThenElse(mask, hn::ShiftLeft<2>(odd), hn::ShiftRight<2>(w[2]));
-    container[2] = hn::IfVecThenElse(mask, hn::ShiftRight<2>(even), hn::ShiftRight<4>(w[2]));
-    container[3] = hn::IfVecThenElse(mask, hn::ShiftRight<2>(odd), hn::ShiftRight<6>(w[2]));
+    container[0] = Select(mask, hn::ShiftLeft<2>(even), w[2]);
+    container[1] = Select(mask, hn::ShiftLeft<2>(odd), hn::ShiftRight<2>(w[2]));
+    container[2] = Select(mask, hn::ShiftRight<2>(even), hn::ShiftRight<4>(w[2]));
+    container[3] = Select(mask, hn::ShiftRight<2>(odd), hn::ShiftRight<6>(w[2]));
   }
 };
 
@@ -120,28 +149,85 @@ struct Codes<4> {
     const Words mask = hn::Set(WordTag(), 0xF0F0F0F0u);
     const Words even = JoinEven(w[0], w[1]), odd = JoinOdd(w[0], w[1]);
     const Words even_low = JoinEven(w[2], w[3]), odd_low = JoinOdd(w[2], w[3]);
-    container[0] = hn::IfVecThenElse(mask, hn::ShiftLeft<4>(even), even_low);
-    container[1] = hn::IfVecThenElse(mask, hn::ShiftLeft<4>(odd), odd_low);
-    container[2] = hn::IfVecThenElse(mask, even, hn::ShiftRight<4>(even_low));
-    container[3] = hn::IfVecThenElse(mask, odd, hn::ShiftRight<4>(odd_low));
+    container[0] = Select(mask, hn::ShiftLeft<4>(even), even_low);
+    container[1] = Select(mask, hn::ShiftLeft<4>(odd), odd_low);
+    container[2] = Select(mask, even, hn::ShiftRight<4>(even_low));
+    container[3] = Select(mask, odd, hn::ShiftRight<4>(odd_low));
   }
 };
 
-// The code of column 2 Pair + Odd (of each word's eight) of row g + 8 Half as 1 + (Q + 1/2) / 4^k,
-// exactly: the code is moved to the top of a mantissa with exponent 0, the half bit follows it.
+// Where the code of column 2 Pair + Odd (of each word's eight) of row g + 8 Half lies.
 template <int Level, int Pair, int Half, int Odd>
-HWY_INLINE Floats Fraction(const Codes<Level>& codes) {
-  constexpr int kCount = Codes<Level>::kCount, kBits = BitsOfLevel(Level);
-  constexpr int kField = kPairShift[Pair][Half] / 2 + 8 * Odd;
-  constexpr int kLeft = 23 - kBits - kField / kCount * 2 * kCount;
-  constexpr uint32_t kMask = ((1u << kBits) - 1) << (23 - kBits);
-  constexpr uint32_t kOneAndHalf = 0x3F800000u | 1u << (22 - kBits);
-  const WordTag d;
-  Words moved = codes.container[kField % kCount];
-  if constexpr (kLeft > 0) moved = hn::ShiftLeft<kLeft>(moved);
-  if constexpr (kLeft < 0) moved = hn::ShiftRight<-kLeft>(moved);
-  return hn::BitCast(FloatTag(), hn::OrAnd(hn::Set(d, kOneAndHalf), moved, hn::Set(d, kMask)));
+struct CodePosition {
+  static constexpr int kField = kPairShift[Pair][Half] / 2 + 8 * Odd;
+  static constexpr int kContainer = kField % Codes<Level>::kCount;
+  static constexpr int kBit = kField / Codes<Level>::kCount * 2 * Codes<Level>::kCount;
+};
+
+template <int Right>
+HWY_INLINE Words ShiftBy(Words words) {
+  if constexpr (Right > 0) return hn::ShiftRight<Right>(words);
+  if constexpr (Right < 0) return hn::ShiftLeft<-Right>(words);
+  return words;
 }
+
+// A lookup in a table of as many floats as a vector has lanes, by the low bits of each word.
+#if HWY_TARGET == HWY_AVX3
+constexpr int kLookupBits = 4;
+HWY_INLINE Floats Lookup(Floats table, Words index) {
+  return Floats{_mm512_permutexvar_ps(index.raw, table.raw)};
+}
+#elif HWY_TARGET == HWY_AVX2
+constexpr int kLookupBits = 3;
+HWY_INLINE Floats Lookup(Floats table, Words index) {
+  return Floats{_mm256_permutevar8x32_ps(table.raw, index.raw)};
+}
+#else
+constexpr int kLookupBits = 0;
+HWY_INLINE Floats Lookup(Floats table, Words) { return table; }
+#endif
+
+// The weights of one row of a line: range * fraction + base, see TileScales. Where a code fits the
+// index of a lookup, the table holds the weights themselves; otherwise the code is moved to the top
+// of a mantissa with exponent 0, followed by the half bit: 1 + (Q + 1/2) / 4^k, exactly.
+template <int Level, int Half>
+class RowWeights {
+ public:
+  HWY_INLINE RowWeights(float range, float base)
+      : range_(hn::Set(FloatTag(), range)), base_(hn::Set(FloatTag(), base)) {
+    if constexpr (kByLookup) {
+      const auto fractions = hn::Load(FloatTag(), kFractions<Level, kSub>.fraction);
+      table_ = hn::MulAdd(fractions, range_, base_);
+    }
+  }
+
+  template <int Pair, int Odd>
+  HWY_INLINE Floats Get(const Codes<Level>& codes) const {
+    using At = CodePosition<Level, Pair, Half, Odd>;
+    const Words container = codes.container[At::kContainer];
+    if constexpr (kByLookup) {
+      static_assert((At::kBit - kSub) % 2 == 0 && kSub + kBits <= kLookupBits);
+      return Lookup(table_, ShiftBy<At::kBit - kSub>(container));
+    } else {
+      const WordTag d;
+      const Words mask = hn::Set(d, ((1u << kBits) - 1) << (23 - kBits));
+      const Words one_and_half_step = hn::Set(d, 0x3F800000u | 1u << (22 - kBits));
+      const Words moved = ShiftBy<At::kBit + kBits - 23>(container);
+      const Words fraction = hn::OrAnd(one_and_half_step, moved, mask);
+      return hn::MulAdd(hn::BitCast(FloatTag(), fraction), range_, base_);
+    }
+  }
+
+ private:
+  static constexpr int kBits = BitsOfLevel(Level);
+  static constexpr bool kByLookup = kBits <= kLookupBits;
+  // Fields of the second row sit two bits above a multiple of four: looked up in place, they share
+  // their shifts with the fields of the first row.
+  static constexpr int kSub = Level == 1 && Half == 1 && kLookupBits == 4 ? 2 : 0;
+
+  Floats range_, base_;
+  Floats table_;
+};
 
 template <int Level>
 HWY_INLINE Codes<Level> LoadCodes(const std::array<const uint8_t*, kNumSlices>& slices,
@@ -162,25 +248,17 @@ HWY_INLINE Codes<Level> LoadCodes(const std::array<const uint8_t*, kNumSlices>& 
 }
 
 // Calls visit(field, weights of row g, weights of row g + 8) for the 8 fields of a part of a line.
-// W = range * fraction + base, see TileScales.
 template <int Level, class Visit>
-HWY_INLINE void VisitFields(const Codes<Level>& codes, const float* range, const float* base,
-                            const Visit& visit) {
-  const FloatTag d;
-  const Floats range0 = hn::Set(d, range[0]), base0 = hn::Set(d, base[0]);
-  const Floats range1 = hn::Set(d, range[8]), base1 = hn::Set(d, base[8]);
-  const auto field = [&]<int Pair, int Odd>() HWY_ATTR {
-    visit(2 * Pair + Odd, hn::MulAdd(Fraction<Level, Pair, 0, Odd>(codes), range0, base0),
-          hn::MulAdd(Fraction<Level, Pair, 1, Odd>(codes), range1, base1));
-  };
-  field.template operator()<0, 0>();
-  field.template operator()<0, 1>();
-  field.template operator()<1, 0>();
-  field.template operator()<1, 1>();
-  field.template operator()<2, 0>();
-  field.template operator()<2, 1>();
-  field.template operator()<3, 0>();
-  field.template operator()<3, 1>();
+HWY_INLINE void VisitFields(const Codes<Level>& codes, const RowWeights<Level, 0>& row0,
+                            const RowWeights<Level, 1>& row1, Visit& visit) {
+  visit(0, row0.template Get<0, 0>(codes), row1.template Get<0, 0>(codes));
+  visit(1, row0.template Get<0, 1>(codes), row1.template Get<0, 1>(codes));
+  visit(2, row0.template Get<1, 0>(codes), row1.template Get<1, 0>(codes));
+  visit(3, row0.template Get<1, 1>(codes), row1.template Get<1, 1>(codes));
+  visit(4, row0.template Get<2, 0>(codes), row1.template Get<2, 0>(codes));
+  visit(5, row0.template Get<2, 1>(codes), row1.template Get<2, 1>(codes));
+  visit(6, row0.template Get<3, 0>(codes), row1.template Get<3, 0>(codes));
+  visit(7, row0.template Get<3, 1>(codes), row1.template Get<3, 1>(codes));
 }
 
 // range and base of the 16 rows of a tile: fraction is 1 too large, so base = offset - range.
@@ -203,93 +281,128 @@ struct TileScales {
   }
 };
 
-// One token against one tile of rows: the weights never leave the registers.
-template <int Level>
-void DotTile(const SlicedWeight& weight, int64_t tile, const float* HWY_RESTRICT x,
-             float* HWY_RESTRICT sums) {
-  const FloatTag d;
+// The visitor of the fused product: multiplies T tokens with the weights of two rows.
+template <int T>
+struct MultiplyTokens {
+  const float* const* x;
+  int64_t offset;  // of this part of a line
+  Floats sum0[T], sum1[T];
+
+  HWY_INLINE void LoadSums(const float* HWY_RESTRICT at) {
+    const FloatTag d;
+    for (int t = 0; t < T; ++t) {
+      sum0[t] = hn::Load(d, at + t * kSumsPerToken);
+      sum1[t] = hn::Load(d, at + t * kSumsPerToken + 8 * kLanes);
+    }
+  }
+  HWY_INLINE void StoreSums(float* HWY_RESTRICT at) const {
+    const FloatTag d;
+    for (int t = 0; t < T; ++t) {
+      hn::Store(sum0[t], d, at + t * kSumsPerToken);
+      hn::Store(sum1[t], d, at + t * kSumsPerToken + 8 * kLanes);
+    }
+  }
+  HWY_INLINE void operator()(int field, Floats w0, Floats w1) {
+    const FloatTag d;
+    for (int t = 0; t < T; ++t) {
+      const Floats v = hn::Load(d, x[t] + offset + field * kLanes);
+      sum0[t] = hn::MulAdd(w0, v, sum0[t]);
+      sum1[t] = hn::MulAdd(w1, v, sum1[t]);
+    }
+  }
+};
+
+// T tokens against one tile of rows: the weights never leave the registers.
+template <int Level, int T>
+HWY_NOINLINE void DotTile(const SlicedWeight& weight, int64_t tile, const float* const* x,
+                          float* HWY_RESTRICT sums) {
   const int64_t groups = weight.cols / kGroupSize;
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t index = tile * groups + group;
     const TileScales scales(weight.scales[Level - 1] + index * kTileRows * 2);
-    const float* HWY_RESTRICT x_group = x + group * kGroupSize;
     for (size_t g = 0; g < kTileRows / 2; ++g) {
-      float* sums0 = sums + g * kLanes;
-      float* sums1 = sums + (g + 8) * kLanes;
-      Floats sum0 = hn::Load(d, sums0), sum1 = hn::Load(d, sums1);
+      const RowWeights<Level, 0> row0(scales.range[g], scales.base[g]);
+      const RowWeights<Level, 1> row1(scales.range[g + 8], scales.base[g + 8]);
+      MultiplyTokens<T> multiply{x, group * kGroupSize, {}, {}};
+      multiply.LoadSums(sums + g * kLanes);
       for (size_t part = 0; part < kPartsOfLine; ++part) {
         const auto codes = LoadCodes<Level>(
-            weight.slices, index * kTileBytes + g * kLineWords * 4 + part * kLanes * 4);
-        const float* x_part = x_group + part * kFieldsOfWord * kLanes;
-        VisitFields<Level>(codes, scales.range + g, scales.base + g,
-                           [&](int field, Floats w0, Floats w1) HWY_ATTR {
-                             const Floats v = hn::Load(d, x_part + field * kLanes);
-                             sum0 = hn::MulAdd(w0, v, sum0);
-                             sum1 = hn::MulAdd(w1, v, sum1);
-                           });
+            weight.slices, index * kTileBytes + (g * kLineWords + part * kLanes) * 4);
+        VisitFields<Level>(codes, row0, row1, multiply);
+        multiply.offset += kFieldsOfWord * kLanes;
       }
-      hn::Store(sum0, d, sums0);
-      hn::Store(sum1, d, sums1);
+      multiply.StoreSums(sums + g * kLanes);
     }
   }
 }
 
-// Groups [begin, begin + count) of a tile as floats in the order of the lanes: rows[16][kChunk].
+// The visitor that writes weights out.
+struct StoreRows {
+  float* HWY_RESTRICT row0;
+
+  HWY_INLINE void operator()(int field, Floats w0, Floats w1) {
+    const FloatTag d;
+    hn::Store(w0, d, row0 + field * kLanes);
+    hn::Store(w1, d, row0 + 8 * kChunkStride + field * kLanes);
+  }
+};
+
+// Groups [begin, begin + count) of a tile as floats in the order of the lanes, 16 rows kChunkStride
+// apart.
 template <int Level>
-void DequantizeChunk(const SlicedWeight& weight, int64_t tile, int64_t begin, int64_t count,
-                     float* HWY_RESTRICT rows) {
-  const FloatTag d;
+HWY_NOINLINE void DequantizeChunk(const SlicedWeight& weight, int64_t tile, int64_t begin,
+                                  int64_t count, float* HWY_RESTRICT rows) {
   for (int64_t i = 0; i < count; ++i) {
     const int64_t index = tile * (weight.cols / kGroupSize) + begin + i;
     const TileScales scales(weight.scales[Level - 1] + index * kTileRows * 2);
     for (size_t g = 0; g < kTileRows / 2; ++g) {
+      const RowWeights<Level, 0> row0(scales.range[g], scales.base[g]);
+      const RowWeights<Level, 1> row1(scales.range[g + 8], scales.base[g + 8]);
+      StoreRows store{rows + g * kChunkStride + i * kGroupSize};
       for (size_t part = 0; part < kPartsOfLine; ++part) {
         const auto codes = LoadCodes<Level>(
-            weight.slices, index * kTileBytes + g * kLineWords * 4 + part * kLanes * 4);
-        float* row0 = rows + g * kChunk + i * kGroupSize + part * kFieldsOfWord * kLanes;
-        VisitFields<Level>(codes, scales.range + g, scales.base + g,
-                           [&](int field, Floats w0, Floats w1) HWY_ATTR {
-                             hn::Store(w0, d, row0 + field * kLanes);
-                             hn::Store(w1, d, row0 + 8 * kChunk + field * kLanes);
-                           });
+            weight.slices, index * kTileBytes + (g * kLineWords + part * kLanes) * 4);
+        VisitFields<Level>(codes, row0, row1, store);
+        store.row0 += kFieldsOfWord * kLanes;
       }
     }
   }
 }
 
-// The tokens of one level against one tile. scratch: 16 x kChunk weights, then the sums.
+// Tokens of one level against one tile; x[t] is token t's input in the order of the lanes.
+// scratch: 16 rows of weights, then the sums.
 template <int Level>
-void TileAtLevel(const SlicedJob& job, int64_t tile, const int16_t* tokens, int num_tokens,
-                 float* scratch) {
-  const SlicedWeight& weight = *job.weight;
-  float* sums = scratch + kTileRows * kChunk;
+float* TileAtLevel(const SlicedWeight& weight, int64_t tile, const float* const* x, int num_tokens,
+                   float* scratch) {
+  float* sums = scratch + kTileRows * kChunkStride;
   ZeroSums(sums, num_tokens);
   if (num_tokens == 1) {
-    DotTile<Level>(weight, tile, job.permuted + tokens[0] * weight.cols, sums);
+    DotTile<Level, 1>(weight, tile, x, sums);
+  } else if (num_tokens == 2) {
+    DotTile<Level, 2>(weight, tile, x, sums);
+  } else if (num_tokens == 3) {
+    DotTile<Level, 3>(weight, tile, x, sums);
+  } else if (num_tokens == 4) {
+    DotTile<Level, 4>(weight, tile, x, sums);
   } else {
     const int64_t groups = weight.cols / kGroupSize;
     for (int64_t begin = 0; begin < groups; begin += kChunkGroups) {
       const int64_t count = std::min(kChunkGroups, groups - begin);
-      const float* x[kMaxTokens];
-      for (int t = 0; t < num_tokens; ++t) {
-        x[t] = job.permuted + tokens[t] * weight.cols + begin * kGroupSize;
-      }
       DequantizeChunk<Level>(weight, tile, begin, count, scratch);
-      DotBlock(scratch, kChunk, x, num_tokens, count * kGroupSize, sums);
+      DotBlock(scratch, kChunkStride, x, begin * kGroupSize, num_tokens, count * kGroupSize, sums);
     }
   }
-  for (int t = 0; t < num_tokens; ++t) {
-    ReduceBlock(sums + t * kSumsPerToken, job.out.Row<float>(tokens[t]) + tile * kTileRows);
-  }
+  return sums;
 }
 
-size_t ScratchFloats(int num_tokens) { return kTileRows * kChunk + num_tokens * kSumsPerToken; }
+size_t ScratchFloats(int num_tokens) {
+  return kTileRows * kChunkStride + num_tokens * kSumsPerToken;
+}
 
 void PermuteTokens(const SlicedJob& job, int64_t begin, int64_t end) {
-  const int64_t cols = job.weight->cols;
   for (int64_t t = begin; t < end; ++t) {
-    for (int64_t c = 0; c < cols; c += kGroupSize) {
-      PermuteGroup(job.x.Row<float>(t) + c, job.permuted + t * cols + c);
+    for (int64_t c = 0; c < job.weight->cols; c += kGroupSize) {
+      PermuteGroup(job.x.Row<float>(t) + c, job.permuted + t * job.stride + c);
     }
   }
 }
@@ -299,11 +412,16 @@ void MultiplyTiles(const SlicedJob& job, int64_t begin, int64_t end, float* scra
   int segment = 0;
   for (int64_t tile = begin; tile < end; ++tile) {
     while (tile * kTileRows >= weight.segment_end[segment]) ++segment;
-    const auto& first = job.order->begin[segment];
-    const int16_t* tokens = job.order->token[segment].data();
+    const int* first = job.order->begin[segment].data();
     const auto run = [&]<int Level>() HWY_ATTR {
       const int count = first[Level] - first[Level - 1];
-      if (count > 0) TileAtLevel<Level>(job, tile, tokens + first[Level - 1], count, scratch);
+      if (count == 0) return;
+      const int16_t* tokens = job.order->token[segment].data() + first[Level - 1];
+      const float* const* x = job.order->input[segment].data() + first[Level - 1];
+      const float* sums = TileAtLevel<Level>(weight, tile, x, count, scratch);
+      for (int t = 0; t < count; ++t) {
+        ReduceBlock(sums + t * kSumsPerToken, job.out.Row<float>(tokens[t]) + tile * kTileRows);
+      }
     };
     run.template operator()<1>();
     run.template operator()<2>();
@@ -324,15 +442,15 @@ HWY_EXPORT(ScratchFloats);
 HWY_EXPORT(PermuteTokens);
 HWY_EXPORT(MultiplyTiles);
 
-void SortByLevel(const SlicedWeight& weight, const uint8_t* levels, int64_t levels_stride,
-                 int num_tokens, LevelOrder& order) {
-  order.num_tokens = num_tokens;
-  for (int s = 0; s < weight.num_segments; ++s) {
+void SortByLevel(const uint8_t* levels, int64_t levels_stride, int num_segments, int num_tokens,
+                 const float* inputs, int64_t input_stride, LevelOrder& order) {
+  for (int s = 0; s < num_segments; ++s) {
     int count = 0;
     order.begin[s][0] = 0;
     for (int level = 1; level <= kNumLevels; ++level) {
       for (int t = 0; t < num_tokens; ++t) {
         if (levels[s * levels_stride + t] == level) {
+          order.input[s][count] = inputs + t * input_stride;
           order.token[s][count++] = static_cast<int16_t>(t);
         }
       }
@@ -346,13 +464,15 @@ void SortByLevel(const SlicedWeight& weight, const uint8_t* levels, int64_t leve
 void SlicedMatmul(ThreadPool& pool, Workspace& workspace, Tensor x, const SlicedWeight& weight,
                   const uint8_t* levels, int64_t levels_stride, Tensor out) {
   const auto most = static_cast<int>(std::min<int64_t>(x.rows, kMaxTokens));
-  workspace.Reserve(most * weight.cols, HWY_DYNAMIC_DISPATCH(ScratchFloats)(most));
+  const int64_t stride = weight.cols + kStridePadding;
+  workspace.Reserve(most * stride, HWY_DYNAMIC_DISPATCH(ScratchFloats)(most));
   LevelOrder order;
   for (int64_t first = 0; first < x.rows; first += kMaxTokens) {
     const int64_t count = std::min<int64_t>(kMaxTokens, x.rows - first);
-    SortByLevel(weight, levels + first, levels_stride, static_cast<int>(count), order);
-    const SlicedJob job{&weight, &order, x.Rows(first, count), workspace.shared(),
-                        out.Rows(first, count)};
+    SortByLevel(levels + first, levels_stride, weight.num_segments, static_cast<int>(count),
+                workspace.shared(), stride, order);
+    const SlicedJob job{
+        &weight, &order, x.Rows(first, count), workspace.shared(), stride, out.Rows(first, count)};
     pool.RunRanges(count, 1 + 32768 / weight.cols, [&](int64_t begin, int64_t end, int) {
       HWY_DYNAMIC_DISPATCH(PermuteTokens)(job, begin, end);
     });

@@ -4,23 +4,45 @@
 #include <cmath>
 #include <limits>
 
+#include "hwy/targets.h"
 #include "kernels/numeric.h"
 
 namespace mobi {
 
 void PrintTo(const BackendParam& param, std::ostream* out) { *out << param.name; }
 
-std::vector<BackendParam> AllBackends() {
-  std::vector<BackendParam> backends;
-  for (const int threads : {1, 2, 3}) {
-    backends.push_back({"cpu_" + std::to_string(threads) + "_threads",
-                        [=] { return CreateCpuBackend({.num_threads = threads}); }});
+namespace {
+
+// The CPU backend on some of this machine's SIMD targets; 0: the best it has. Which target runs is
+// a setting of the process, so every CPU backend of the suite sets it.
+absl::StatusOr<std::unique_ptr<Backend>> CreateCpu(int64_t simd_targets, int num_threads) {
+  hwy::SetSupportedTargetsForTest(0);
+  if (simd_targets != 0 && (hwy::SupportedTargets() & simd_targets) == 0) {
+    return absl::UnavailableError("this machine has no such SIMD target");
   }
-  backends.push_back(
-      {"cuda_f16", [] { return CreateCudaBackend({.activation_dtype = DType::kF16}); }});
-  backends.push_back(
-      {"cuda_bf16", [] { return CreateCudaBackend({.activation_dtype = DType::kBF16}); }});
-  return backends;
+  hwy::SetSupportedTargetsForTest(simd_targets);
+  return CreateCpuBackend({.num_threads = num_threads});
+}
+
+absl::StatusOr<std::unique_ptr<Backend>> CreateCuda(DType activations) {
+  return CreateCudaBackend({.activation_dtype = activations});
+}
+
+}  // namespace
+
+std::vector<BackendParam> AllBackends() {
+  return {
+    {"cpu_1_thread", [] { return CreateCpu(0, 1); }},
+        {"cpu_2_threads", [] { return CreateCpu(0, 2); }},
+        {"cpu_3_threads", [] { return CreateCpu(0, 3); }},
+#if HWY_ARCH_X86
+        {"cpu_avx2", [] { return CreateCpu(HWY_AVX2, 1); }},
+        {"cpu_sse4", [] { return CreateCpu(HWY_SSE4, 1); }},
+#endif
+        {"cpu_no_simd", [] { return CreateCpu(HWY_SCALAR | HWY_EMU128, 1); }},
+        {"cuda_f16", [] { return CreateCuda(DType::kF16); }},
+        {"cuda_bf16", [] { return CreateCuda(DType::kBF16); }},
+  };
 }
 
 Tolerance ToleranceOf(Op op, DType activations) {
