@@ -29,14 +29,20 @@ class Detokenizer {
   std::string Flush();
 
  private:
-  void EndByteRun(std::string& out);
+  // Byte-level: the complete characters of pending_.
+  void EmitCharacters(std::string& out);
+  // Byte fallback: a run of tokens that are bytes.
+  void AddToRun(std::string_view byte, std::string& out);
+  void EndRun(std::string& out);
+  void EmitBroken(std::string& out);
   void Emit(std::string_view text, std::string& out);
 
   const TokenizerPipeline& pipeline_;
   const bool skip_special_;
-  int strip_left_;           // leading spaces that the decoder would still take away
-  bool run_broken_ = false;  // the current run of byte tokens is known not to be UTF-8
+  int strip_left_;           // characters that the decoder would still take away at the start
   std::string pending_;      // bytes whose text is not certain yet
+  size_t run_checked_ = 0;   // of a run: bytes of pending_ that are whole characters
+  bool run_broken_ = false;  // the run is known not to be UTF-8
 };
 
 }  // namespace mobi
