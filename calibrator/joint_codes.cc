@@ -1,0 +1,110 @@
+#include "calibrator/joint_codes.h"
+
+#include <algorithm>
+#include <array>
+#include <numeric>
+
+#include "calibrator/code_search.h"
+#include "calibrator/linear_algebra.h"
+#include "calibrator/simd.h"
+#include "engine/base/status_macros.h"
+
+namespace mobi {
+namespace {
+
+// Columns whose feedback is applied at once; the columns behind them get one product per block.
+constexpr int64_t kBlock = 128;
+
+Matrix Permuted(const Matrix& m, const std::vector<int64_t>& order) {
+  Matrix out(m.rows(), m.cols());
+  for (int64_t i = 0; i < m.rows(); ++i) {
+    const float* row = m.Row(order[i]);
+    for (int64_t j = 0; j < m.cols(); ++j) out(i, j) = row[order[j]];
+  }
+  return out;
+}
+
+MOBI_VECTORIZED void SubtractScaled(float* out, const float* x, float scale, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) out[i] -= scale * x[i];
+}
+
+// One feedback state per level: current targets of the rows in walking order, and the errors of the
+// block's columns.
+struct LevelState {
+  const Matrix* factor;
+  Matrix target;
+  Matrix error;
+};
+
+void WalkBlock(const FittingProblem& problem, const FeedbackPlan& plan, int64_t begin, int64_t r,
+               int64_t first, int64_t last, const std::vector<LevelGrids>& grids,
+               std::array<LevelState, kNumLevels>& states, NestedWeight& weight) {
+  for (int64_t i = first; i < last; ++i) {
+    const int64_t column = plan.order[i];
+    std::array<float, kNumLevels> target, cost, pivot;
+    for (int k = 0; k < kNumLevels; ++k) {
+      pivot[k] = (*states[k].factor)(i, i);
+      target[k] = states[k].target(r, i);
+      cost[k] = problem.level_weights[k] / (pivot[k] * pivot[k]);
+    }
+    const LevelGrids& grid = grids[column / kGroupSize];
+    uint8_t& code = weight.Codes(begin + r)[column];
+    code = static_cast<uint8_t>(NearestCode(grid, target.data(), cost.data(), code));
+    for (int k = 0; k < kNumLevels; ++k) {
+      const float error = (target[k] - ValueAt(grid, code, k + 1)) / pivot[k];
+      states[k].error(r, i - first) = error;
+      SubtractScaled(states[k].target.Row(r) + i + 1, states[k].factor->Row(i) + i + 1, error,
+                     last - i - 1);
+    }
+  }
+}
+
+}  // namespace
+
+absl::StatusOr<FeedbackPlan> PlanFeedback(const FittingProblem& problem) {
+  FeedbackPlan plan;
+  plan.order.resize(static_cast<size_t>(problem.cols()));
+  std::iota(plan.order.begin(), plan.order.end(), 0);
+  std::stable_sort(plan.order.begin(), plan.order.end(), [&](int64_t a, int64_t b) {
+    return problem.importance[a] > problem.importance[b];
+  });
+  for (const StreamProblem& stream : problem.streams) {
+    Matrix& factor = plan.factors.emplace_back();
+    MOBI_RETURN_IF_ERROR(InverseFactor(Permuted(stream.hessian, plan.order), factor));
+  }
+  return plan;
+}
+
+void ChooseJointCodes(const FittingProblem& problem, const FeedbackPlan& plan, int64_t begin,
+                      int64_t count, NestedWeight& weight) {
+  const int64_t cols = problem.cols();
+  std::array<LevelState, kNumLevels> states;
+  for (int k = 0; k < kNumLevels; ++k) {
+    states[k] = {&plan.factors[problem.stream_of_level[k]], Matrix(count, cols),
+                 Matrix(count, kBlock)};
+    for (int64_t r = 0; r < count; ++r) {
+      const float* target = problem.stream(k + 1).target.Row(begin + r);
+      for (int64_t i = 0; i < cols; ++i) states[k].target(r, i) = target[plan.order[i]];
+    }
+  }
+  std::vector<std::vector<LevelGrids>> grids(static_cast<size_t>(count));
+  for (int64_t r = 0; r < count; ++r) {
+    for (int64_t g = 0; g < weight.groups(); ++g) {
+      grids[r].push_back(GridsOf(weight, begin + r, g));
+    }
+  }
+  for (int64_t first = 0; first < cols; first += kBlock) {
+    const int64_t last = std::min(first + kBlock, cols);
+    for (int64_t r = 0; r < count; ++r) {
+      WalkBlock(problem, plan, begin, r, first, last, grids[r], states, weight);
+    }
+    if (last == cols) break;
+    for (LevelState& state : states) {
+      Multiply(ConstMatrixView(state.error).Columns(0, last - first),
+               ConstMatrixView(*state.factor).Rows(first, last - first).Columns(last, cols - last),
+               MatrixView(state.target).Columns(last, cols - last), -1, 1);
+    }
+  }
+}
+
+}  // namespace mobi

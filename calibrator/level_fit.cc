@@ -1,0 +1,121 @@
+#include "calibrator/level_fit.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "calibrator/linear_algebra.h"
+
+namespace mobi {
+namespace {
+
+// Position of a level's codes in the range, centred: (Q_k + 1/2) / 4^k - 1/2.
+void CentredFractions(const uint8_t* codes, int64_t count, int level, float* out) {
+  const int shift = kSliceBits * (kNumLevels - level);
+  const float scale = 1.0f / static_cast<float>(1 << BitsOfLevel(level));
+  for (int64_t j = 0; j < count; ++j) {
+    out[j] = (static_cast<float>(codes[j] >> shift) + 0.5f) * scale - 0.5f;
+  }
+}
+
+double Dot(const float* a, const float* b, int64_t count) {
+  float sum = 0;
+  for (int64_t j = 0; j < count; ++j) sum += a[j] * b[j];
+  return sum;
+}
+
+double Sum(const float* a, int64_t count) {
+  float sum = 0;
+  for (int64_t j = 0; j < count; ++j) sum += a[j];
+  return sum;
+}
+
+// Sums of the Hessian over pairs of groups: the normal equations' part for the offsets, which no
+// row changes.
+std::vector<double> GroupSums(const Matrix& hessian) {
+  const int64_t groups = hessian.cols() / kGroupSize;
+  std::vector<double> sums(static_cast<size_t>(groups * groups));
+  for (int64_t i = 0; i < hessian.rows(); ++i) {
+    for (int64_t h = 0; h < groups; ++h) {
+      sums[i / kGroupSize * groups + h] += Sum(hessian.Row(i) + h * kGroupSize, kGroupSize);
+    }
+  }
+  return sums;
+}
+
+}  // namespace
+
+ScaleFit FitScale(const float* target, const float* importance, const uint8_t* codes, int level) {
+  float fraction[kGroupSize];
+  CentredFractions(codes, kGroupSize, level, fraction);
+  double s = 0, sf = 0, sw = 0;
+  for (int j = 0; j < kGroupSize; ++j) {
+    s += importance[j];
+    sf += importance[j] * fraction[j];
+    sw += importance[j] * target[j];
+  }
+  const double mean_f = s > 0 ? sf / s : 0, mean_w = s > 0 ? sw / s : 0;
+  double ff = 0, fw = 0, ww = 0;
+  for (int j = 0; j < kGroupSize; ++j) {
+    const double f = fraction[j] - mean_f, w = target[j] - mean_w;
+    ff += importance[j] * f * f;
+    fw += importance[j] * f * w;
+    ww += importance[j] * w * w;
+  }
+  const double range = ff > 0 ? std::max(fw / ff, 0.0) : 0.0;
+  return {RoundedScale(range, mean_w - range * mean_f), ww - range * (2 * fw - range * ff)};
+}
+
+void FitRowDiagonal(const float* target, const float* importance, int64_t row,
+                    NestedWeight& weight) {
+  for (int64_t g = 0; g < weight.groups(); ++g) {
+    const int64_t j = g * kGroupSize;
+    for (int level = 1; level <= kNumLevels; ++level) {
+      weight.Scale(level, row, g) =
+          FitScale(target + j, importance + j, weight.Codes(row) + j, level).scale;
+    }
+  }
+}
+
+void RefitLevel(const Matrix& hessian, int level, int64_t begin, ConstMatrixView gradient,
+                double ridge, NestedWeight& weight) {
+  const int64_t rows = gradient.rows, cols = weight.cols, groups = weight.groups();
+  const int n = static_cast<int>(2 * groups);
+  const std::vector<double> group_sums = GroupSums(hessian);
+  Matrix fractions(rows, cols), products(rows, cols);
+  for (int64_t r = 0; r < rows; ++r) {
+    CentredFractions(weight.Codes(begin + r), cols, level, fractions.Row(r));
+  }
+  // Unknowns of a row: the change of every group's range, then of every group's centre.
+  std::vector<double> systems(static_cast<size_t>(rows * n * n));
+  for (int64_t g = 0; g < groups; ++g) {
+    const ConstMatrixView group = ConstMatrixView(fractions).Columns(g * kGroupSize, kGroupSize);
+    Multiply(group, ConstMatrixView(hessian).Rows(g * kGroupSize, kGroupSize), products);
+    for (int64_t r = 0; r < rows; ++r) {
+      double* a = systems.data() + r * n * n;
+      for (int64_t h = 0; h < groups; ++h) {
+        const float* piece = products.Row(r) + h * kGroupSize;
+        a[g * n + h] = Dot(piece, fractions.Row(r) + h * kGroupSize, kGroupSize);
+        a[(groups + h) * n + g] = Sum(piece, kGroupSize);
+        a[(groups + g) * n + groups + h] = group_sums[g * groups + h];
+      }
+    }
+  }
+  std::vector<double> change(n);
+  for (int64_t r = 0; r < rows; ++r) {
+    double* a = systems.data() + r * n * n;
+    for (int i = 0; i < n; ++i) a[i * n + i] *= 1 + ridge;
+    for (int64_t g = 0; g < groups; ++g) {
+      const float* piece = gradient.Row(r) + g * kGroupSize;
+      change[g] = -Dot(piece, fractions.Row(r) + g * kGroupSize, kGroupSize);
+      change[groups + g] = -Sum(piece, kGroupSize);
+    }
+    if (!SolveSmall(a, change.data(), n)) continue;
+    for (int64_t g = 0; g < groups; ++g) {
+      LevelScale& scale = weight.Scale(level, begin + r, g);
+      const double range = scale.range + change[g];
+      scale = RoundedScale(range, scale.offset + 0.5 * scale.range + change[groups + g]);
+    }
+  }
+}
+
+}  // namespace mobi

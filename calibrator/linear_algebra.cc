@@ -1,0 +1,123 @@
+#include "calibrator/linear_algebra.h"
+
+#include <cblas.h>
+#include <lapacke.h>
+
+#include <cmath>
+
+#include "absl/strings/str_format.h"
+#include "engine/base/status_macros.h"
+
+namespace mobi {
+namespace {
+
+int Int(int64_t value) { return static_cast<int>(value); }
+
+// A column-major LAPACK routine sees the transpose of a row-major matrix; for the symmetric ones
+// here that only swaps the triangles.
+std::vector<double> ToDouble(ConstMatrixView m) {
+  std::vector<double> out(static_cast<size_t>(m.rows * m.cols));
+  for (int64_t i = 0; i < m.rows; ++i) {
+    std::copy_n(m.Row(i), m.cols, out.data() + i * m.cols);
+  }
+  return out;
+}
+
+absl::Status Factorize(std::vector<double>& a, int n) {
+  const int info = LAPACKE_dpotrf(LAPACK_COL_MAJOR, 'L', n, a.data(), n);
+  if (info != 0) {
+    return absl::FailedPreconditionError(
+        absl::StrFormat("Hessian of size %d is not positive definite (pivot %d)", n, info));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+void SetBlasThreads(int num_threads) { openblas_set_num_threads(num_threads); }
+
+void MultiplyTransposed(ConstMatrixView a, ConstMatrixView b, MatrixView out, float alpha,
+                        float beta) {
+  cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, Int(a.rows), Int(b.rows), Int(a.cols), alpha,
+              a.data, Int(a.stride), b.data, Int(b.stride), beta, out.data, Int(out.stride));
+}
+
+void Multiply(ConstMatrixView a, ConstMatrixView b, MatrixView out, float alpha, float beta) {
+  cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, Int(a.rows), Int(b.cols), Int(a.cols),
+              alpha, a.data, Int(a.stride), b.data, Int(b.stride), beta, out.data, Int(out.stride));
+}
+
+void TransposedMultiply(ConstMatrixView a, ConstMatrixView b, MatrixView out, float alpha,
+                        float beta) {
+  cblas_sgemm(CblasRowMajor, CblasTrans, CblasNoTrans, Int(a.cols), Int(b.cols), Int(a.rows), alpha,
+              a.data, Int(a.stride), b.data, Int(b.stride), beta, out.data, Int(out.stride));
+}
+
+void AddGram(ConstMatrixView x, MatrixView out, float alpha) {
+  cblas_ssyrk(CblasRowMajor, CblasLower, CblasTrans, Int(x.cols), Int(x.rows), alpha, x.data,
+              Int(x.stride), 1.0f, out.data, Int(out.stride));
+}
+
+void MirrorLower(MatrixView m) {
+  for (int64_t i = 0; i < m.rows; ++i) {
+    for (int64_t j = 0; j < i; ++j) m.Row(j)[i] = m.Row(i)[j];
+  }
+}
+
+absl::Status InverseFactor(ConstMatrixView h, Matrix& factor) {
+  const int n = Int(h.rows);
+  std::vector<double> a = ToDouble(h);
+  MOBI_RETURN_IF_ERROR(Factorize(a, n));
+  if (LAPACKE_dpotri(LAPACK_COL_MAJOR, 'L', n, a.data(), n) != 0) {
+    return absl::FailedPreconditionError("Hessian cannot be inverted");
+  }
+  // h^-1 = L L^T column-major with L lower; read row-major, that L^T is the upper factor.
+  MOBI_RETURN_IF_ERROR(Factorize(a, n));
+  factor = Matrix(n, n);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = i; j < n; ++j) factor(i, j) = static_cast<float>(a[i * n + j]);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status SolveRows(ConstMatrixView h, ConstMatrixView b, Matrix& x) {
+  const int n = Int(h.rows);
+  std::vector<double> a = ToDouble(h);
+  std::vector<double> rhs = ToDouble(b);
+  MOBI_RETURN_IF_ERROR(Factorize(a, n));
+  // Rows of a row-major b are the columns of the column-major right-hand side.
+  LAPACKE_dpotrs(LAPACK_COL_MAJOR, 'L', n, Int(b.rows), a.data(), n, rhs.data(), n);
+  x = Matrix(b.rows, b.cols);
+  std::copy(rhs.begin(), rhs.end(), x.data());
+  return absl::OkStatus();
+}
+
+bool SolveSmall(double* a, double* b, int n) {
+  for (int i = 0; i < n; ++i) {
+    double* row = a + i * n;
+    for (int j = 0; j <= i; ++j) {
+      const double* other = a + j * n;
+      double sum = row[j];
+      for (int k = 0; k < j; ++k) sum -= row[k] * other[k];
+      if (i == j) {
+        if (!(sum > 0)) return false;
+        row[i] = std::sqrt(sum);
+      } else {
+        row[j] = sum / other[j];
+      }
+    }
+  }
+  for (int i = 0; i < n; ++i) {
+    double sum = b[i];
+    for (int k = 0; k < i; ++k) sum -= a[i * n + k] * b[k];
+    b[i] = sum / a[i * n + i];
+  }
+  for (int i = n - 1; i >= 0; --i) {
+    double sum = b[i];
+    for (int k = i + 1; k < n; ++k) sum -= a[k * n + i] * b[k];
+    b[i] = sum / a[i * n + i];
+  }
+  return true;
+}
+
+}  // namespace mobi

@@ -1,0 +1,46 @@
+// The dense linear algebra that calibration needs, over BLAS and LAPACK: products, Gram matrices,
+// factors of symmetric positive definite matrices. One place, so that another library (cuBLAS,
+// cuSOLVER) can stand behind it. Thread-safe; large calls use the threads of SetBlasThreads.
+#ifndef MOBI_CALIBRATOR_LINEAR_ALGEBRA_H_
+#define MOBI_CALIBRATOR_LINEAR_ALGEBRA_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "calibrator/matrix.h"
+
+namespace mobi {
+
+// Threads of one product. Global to the process: call it where nothing else computes.
+void SetBlasThreads(int num_threads);
+
+// out = alpha a b^T + beta out;  a [m, k], b [n, k], out [m, n].
+void MultiplyTransposed(ConstMatrixView a, ConstMatrixView b, MatrixView out, float alpha = 1,
+                        float beta = 0);
+// out = alpha a b + beta out;  a [m, k], b [k, n], out [m, n].
+void Multiply(ConstMatrixView a, ConstMatrixView b, MatrixView out, float alpha = 1,
+              float beta = 0);
+// out = alpha a^T b + beta out;  a [k, m], b [k, n], out [m, n].
+void TransposedMultiply(ConstMatrixView a, ConstMatrixView b, MatrixView out, float alpha = 1,
+                        float beta = 0);
+// The lower triangle of out += alpha x^T x;  x [n, d], out [d, d].
+void AddGram(ConstMatrixView x, MatrixView out, float alpha = 1);
+// Copies the lower triangle to the upper one.
+void MirrorLower(MatrixView m);
+
+// The upper triangular U with h^-1 = U^T U, computed in double: what error feedback walks along
+// (row j of U over its diagonal is how an error at column j moves to the columns behind it).
+// FAILED_PRECONDITION when h is not positive definite.
+absl::Status InverseFactor(ConstMatrixView h, Matrix& factor);
+
+// x with x h = b for every row of b, computed in double; h symmetric positive definite.
+absl::Status SolveRows(ConstMatrixView h, ConstMatrixView b, Matrix& x);
+
+// Solves the small dense system a x = b in place by Cholesky (a [n, n] lower triangle used and
+// destroyed, b becomes x). False when a is not positive definite.
+bool SolveSmall(double* a, double* b, int n);
+
+}  // namespace mobi
+
+#endif  // MOBI_CALIBRATOR_LINEAR_ALGEBRA_H_

@@ -1,0 +1,77 @@
+#include "calibrator/linear_fit.h"
+
+#include <algorithm>
+#include <array>
+#include <vector>
+
+#include "calibrator/code_descent.h"
+#include "calibrator/joint_codes.h"
+#include "calibrator/level_fit.h"
+#include "calibrator/parallel.h"
+#include "engine/base/status_macros.h"
+
+namespace mobi {
+namespace {
+
+constexpr int64_t kRowBlock = 64;
+
+int64_t NumBlocks(int64_t rows) { return (rows + kRowBlock - 1) / kRowBlock; }
+
+void Refit(const FittingProblem& problem, double ridge, int64_t begin, int64_t count,
+           NestedWeight& weight) {
+  const LevelGradients gradients = Gradients(problem, weight, begin, count);
+  for (int level = 1; level <= kNumLevels; ++level) {
+    RefitLevel(problem.stream(level).hessian, level, begin, gradients[level - 1], ridge, weight);
+  }
+}
+
+void FitRows(const FittingProblem& problem, const LinearFitOptions& options,
+             const FeedbackPlan* plan, int64_t begin, int64_t count, NestedWeight& weight) {
+  FitBase(problem, options.base, begin, count, weight);
+  if (plan != nullptr) ChooseJointCodes(problem, *plan, begin, count, weight);
+  if (plan != nullptr || options.rounds > 0) Refit(problem, options.ridge, begin, count, weight);
+  for (int round = 0; round < options.rounds; ++round) {
+    LevelGradients gradients = Gradients(problem, weight, begin, count);
+    for (int pass = 0; pass < options.passes; ++pass) {
+      if (DescendCodes(problem, begin, count, gradients, weight) == 0) break;
+    }
+    Refit(problem, options.ridge, begin, count, weight);
+  }
+}
+
+}  // namespace
+
+absl::StatusOr<NestedWeight> FitLinear(const FittingProblem& problem,
+                                       const LinearFitOptions& options, int num_threads) {
+  FeedbackPlan plan;
+  if (options.joint_codes) {
+    MOBI_ASSIGN_OR_RETURN(plan, PlanFeedback(problem));
+  }
+  NestedWeight weight(problem.rows(), problem.cols());
+  ParallelFor(num_threads, NumBlocks(problem.rows()), [&](int64_t block) {
+    const int64_t begin = block * kRowBlock;
+    FitRows(problem, options, options.joint_codes ? &plan : nullptr, begin,
+            std::min(kRowBlock, problem.rows() - begin), weight);
+  });
+  return weight;
+}
+
+std::array<double, kNumLevels> LevelLosses(const FittingProblem& problem,
+                                           const NestedWeight& weight, int num_threads) {
+  const int64_t blocks = NumBlocks(problem.rows());
+  std::vector<std::array<double, kNumLevels>> parts(static_cast<size_t>(blocks));
+  ParallelFor(num_threads, blocks, [&](int64_t block) {
+    const int64_t begin = block * kRowBlock, count = std::min(kRowBlock, problem.rows() - begin);
+    const LevelGradients gradients = Gradients(problem, weight, begin, count);
+    for (int level = 1; level <= kNumLevels; ++level) {
+      parts[block][level - 1] = LevelLoss(problem, weight, level, begin, gradients[level - 1]);
+    }
+  });
+  std::array<double, kNumLevels> losses{};
+  for (const auto& part : parts) {
+    for (int k = 0; k < kNumLevels; ++k) losses[k] += part[k];
+  }
+  return losses;
+}
+
+}  // namespace mobi

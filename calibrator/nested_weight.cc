@@ -1,0 +1,50 @@
+#include "calibrator/nested_weight.h"
+
+#include <algorithm>
+
+#include "kernels/numeric.h"
+
+namespace mobi {
+namespace {
+
+constexpr double kHalfMax = 65504;
+
+float RoundToHalf(double value) {
+  return HalfToFloat(FloatToHalf(static_cast<float>(std::clamp(value, -kHalfMax, kHalfMax))));
+}
+
+}  // namespace
+
+LevelGrid GridOf(LevelScale scale, int level) {
+  const float step = scale.range / static_cast<float>(1 << BitsOfLevel(level));
+  return {scale.offset + 0.5f * step, step};
+}
+
+LevelScale RoundedScale(double range, double center) {
+  const float rounded = RoundToHalf(std::max(range, 0.0));
+  return {rounded, RoundToHalf(center - 0.5 * rounded)};
+}
+
+NestedWeight::NestedWeight(int64_t rows, int64_t cols)
+    : rows(rows), cols(cols), codes(static_cast<size_t>(rows * cols)) {
+  for (auto& level : scales) level.resize(static_cast<size_t>(rows * groups()));
+}
+
+void DequantizeRow(const NestedWeight& weight, int64_t row, int level, float* out) {
+  const uint8_t* codes = weight.Codes(row);
+  const int shift = kSliceBits * (kNumLevels - level);
+  for (int64_t g = 0; g < weight.groups(); ++g) {
+    const LevelGrid grid = GridOf(weight.Scale(level, row, g), level);
+    for (int64_t j = g * kGroupSize; j < (g + 1) * kGroupSize; ++j) {
+      out[j] = grid.base + grid.step * static_cast<float>(codes[j] >> shift);
+    }
+  }
+}
+
+Matrix Dequantize(const NestedWeight& weight, int level) {
+  Matrix out(weight.rows, weight.cols);
+  for (int64_t row = 0; row < weight.rows; ++row) DequantizeRow(weight, row, level, out.Row(row));
+  return out;
+}
+
+}  // namespace mobi

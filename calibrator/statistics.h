@@ -1,0 +1,42 @@
+// Sums over calibration tokens that a linear is fitted from: second moments of its inputs, their
+// cross moments with the float model's inputs, and the error that the residual stream already
+// carries. From them come the Hessian of each stream and the weights that serve its inputs best:
+// what fits the float model's output, not merely the float weights. Not thread-safe.
+#ifndef MOBI_CALIBRATOR_STATISTICS_H_
+#define MOBI_CALIBRATOR_STATISTICS_H_
+
+#include <cstdint>
+
+#include "absl/status/statusor.h"
+#include "calibrator/fitting_problem.h"
+#include "calibrator/matrix.h"
+
+namespace mobi {
+
+class StreamStatistics {
+ public:
+  // `residual_rows`: out-features of a linear that adds to the residual stream, else 0.
+  StreamStatistics(int64_t cols, int64_t residual_rows);
+
+  // Inputs of the same tokens in this stream and in the float model, [tokens, cols]; `residual_gap`
+  // is the float residual stream minus this one's, [tokens, residual_rows].
+  void Add(ConstMatrixView input, ConstMatrixView float_input, ConstMatrixView residual_gap);
+
+  // `damping` is relative to each diagonal element, so that one massive channel does not drown the
+  // others; it also holds the target near the float weights. Channels that never fire get the mean
+  // of the others. FAILED_PRECONDITION when the moments are not finite.
+  absl::StatusOr<StreamProblem> Problem(const Matrix& weight, double damping) const;
+
+  int64_t num_tokens() const { return num_tokens_; }
+  const Matrix& gram() const { return gram_; }
+
+ private:
+  int64_t num_tokens_ = 0;
+  Matrix gram_;   // [cols, cols], lower triangle of the sum of x x^T
+  Matrix cross_;  // [cols, cols], sum of x_float x^T
+  Matrix gap_;    // [residual_rows, cols], sum of gap x^T
+};
+
+}  // namespace mobi
+
+#endif  // MOBI_CALIBRATOR_STATISTICS_H_
