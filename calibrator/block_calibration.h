@@ -1,0 +1,49 @@
+// Calibrates one decoder block: propagates the float activations and one stream per chosen level
+// through it, gathers the statistics of each linear group in turn and fits the group before the
+// next one sees its output. Streams leave as the next block's inputs.
+// Sits between the model's blocks (calibrate.h) and the fitting of one linear (linear_fit.h).
+#ifndef MOBI_CALIBRATOR_BLOCK_CALIBRATION_H_
+#define MOBI_CALIBRATOR_BLOCK_CALIBRATION_H_
+
+#include <array>
+#include <vector>
+
+#include "absl/functional/function_ref.h"
+#include "absl/status/statusor.h"
+#include "calibrator/linear_fit.h"
+#include "calibrator/llama_block.h"
+
+namespace mobi {
+
+struct BlockCalibrationOptions {
+  // The level that each quantized stream reads everything before the current linear at, ascending;
+  // a level without a stream of its own is fitted on the next lower one's.
+  std::vector<int> stream_levels = {1, 2, 3};
+  std::array<float, kNumLevels> level_weights = {1, 4, 8, 16};
+  double damping = 1e-2;
+  LinearFitOptions fit;
+  int num_threads = 1;
+};
+
+// Residual stream of all calibration tokens, sequences one after another.
+struct CalibrationStreams {
+  int64_t seq_len = 0;
+  Matrix float_hidden;         // [tokens, hidden_size]
+  std::vector<Matrix> hidden;  // one per stream level
+};
+
+struct FittedBlock {
+  std::array<NestedWeight, kNumLinearGroups> linear;
+};
+
+// Called after each group with the group's losses per level, relative to fitting nothing at all.
+using GroupCallback = absl::FunctionRef<void(LinearGroup, const std::array<double, kNumLevels>&)>;
+
+absl::StatusOr<FittedBlock> CalibrateBlock(const ModelConfig& config, const BlockWeights& weights,
+                                           const RopeValues& rope,
+                                           const BlockCalibrationOptions& options,
+                                           CalibrationStreams& streams, GroupCallback on_group);
+
+}  // namespace mobi
+
+#endif  // MOBI_CALIBRATOR_BLOCK_CALIBRATION_H_
