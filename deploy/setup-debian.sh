@@ -7,7 +7,7 @@ packages=(
   libgrpc++-dev protobuf-compiler protobuf-compiler-grpc libprotobuf-dev libabsl-dev
   prometheus-cpp-dev libyaml-cpp-dev nlohmann-json3-dev libpcre2-dev libutf8proc-dev libhwy-dev
   libcurl4-openssl-dev libxxhash-dev libssl-dev libopenblas-dev liblapacke-dev
-  libgtest-dev libgmock-dev libbenchmark-dev clang-format clang-tidy python3
+  libgtest-dev libgmock-dev libbenchmark-dev clang-format clang-tidy python3 tzdata
 )
 mkdir -p "$(dirname "$0")/../build"
 missing=()

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_format.h"
+#include "server/policy_yaml.h"
 #include "server/rpc_status.h"
 
 namespace mobi {
@@ -38,7 +39,7 @@ float NatsPerBit(absl::Span<const PricePoint> price_table, float bits) {
 Controller::Controller(const ControllerOptions& options, const Policy& policy, const Clock& clock)
     : options_(options), clock_(clock) {
   policy_ = {.policy = std::make_shared<const Policy>(policy),
-             .yaml = "",
+             .yaml = FormatPolicy(policy),
              .source = "flags",
              .generation = 1,
              .applied_at = clock.WallNow()};
@@ -88,6 +89,7 @@ absl::Status Controller::SetPolicy(const Policy& policy, std::string yaml, std::
              .source = std::move(source),
              .generation = policy_.generation + 1,
              .applied_at = clock_.WallNow()};
+  open_.reset();
   ChooseTargetLocked();
   ApplyLocked();
   return absl::OkStatus();
@@ -128,7 +130,29 @@ ControlStatus Controller::status() const {
   return status;
 }
 
-const PolicyWindow& Controller::WindowLocked() const { return policy_.policy->windows.back(); }
+void Controller::ReportReload(const absl::Status& status) {
+  MutexLock lock(mutex_);
+  PolicyReloads& reloads = status_.policy_reloads;
+  ++(status.ok() ? reloads.applied : reloads.refused);
+  if (status.ok()) reloads.last_applied = clock_.WallNow();
+  reloads.last = status;
+}
+
+const PolicyWindow& Controller::WindowLocked() {
+  const TimePoint monotonic = clock_.Now();
+  schedule_clock_ = FollowWallClock(options_.schedule_clock, monotonic, clock_.WallNow(),
+                                    std::move(schedule_clock_));
+  const absl::Time now = absl::FromChrono(ScheduleNow(schedule_clock_, monotonic));
+  if (!open_ || now >= open_->until || now < open_since_) {
+    open_ = WindowAt(*policy_.policy, now);
+    open_since_ = now;
+    status_.window_until.reset();
+    if (open_->until != absl::InfiniteFuture()) {
+      status_.window_until = absl::ToChronoTime(open_->until);
+    }
+  }
+  return policy_.policy->windows[open_->window];
+}
 
 void Controller::ChooseTargetLocked() {
   const PolicyWindow& window = WindowLocked();

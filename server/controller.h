@@ -21,15 +21,16 @@
 #include "engine/engine.h"
 #include "server/bits_tracker.h"
 #include "server/policy.h"
+#include "server/policy_windows.h"
+#include "server/schedule_clock.h"
 
 namespace mobi {
-
-using WallTime = std::chrono::system_clock::time_point;
 
 enum class ControlMode { kFixed, kPolicy, kOverride };
 
 struct ControllerOptions {
   BitsTrackerOptions tracker;
+  ScheduleClockOptions schedule_clock;
   Duration interval = std::chrono::milliseconds(50);  // of Tick
   Duration averaging = std::chrono::seconds(1);       // of the status
   Duration max_override = std::chrono::hours(24);
@@ -45,6 +46,14 @@ struct PolicyVersion {
   WallTime applied_at{};
 };
 
+// How loading the policy file went, over the life of the process.
+struct PolicyReloads {
+  uint64_t applied = 0;
+  uint64_t refused = 0;
+  absl::Status last;  // why the last one was refused
+  WallTime last_applied{};
+};
+
 // Averages are over ControllerOptions::averaging, or over the last such time that had work.
 struct ControlStatus {
   WallTime time{};
@@ -56,7 +65,9 @@ struct ControlStatus {
   float log_price_trim = 0;
   bool saturated = false;
   PolicyWindow window;
+  std::optional<WallTime> window_until;  // when the schedule is looked at again; none: for ever
   uint64_t policy_generation = 0;
+  PolicyReloads policy_reloads;
   ControlMode mode = ControlMode::kFixed;
   std::optional<WallTime> override_until;
   float bits_deficit = 0;
@@ -84,6 +95,8 @@ class Controller {
   // INVALID_ARGUMENT: the policy is bad; ABORTED: `expected_generation` is not the one in force.
   absl::Status SetPolicy(const Policy& policy, std::string yaml, std::string source,
                          std::optional<uint64_t> expected_generation);
+  // Counts a reload of the policy file for metrics: OK, or why it was refused.
+  void ReportReload(const absl::Status& status);
   // INVALID_ARGUMENT names the field. Takes effect before the engine's next step.
   absl::Status Override(float target_bits, Duration ttl);
   void ClearOverride();
@@ -101,7 +114,7 @@ class Controller {
     WallTime until_wall;
   };
 
-  const PolicyWindow& WindowLocked() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  const PolicyWindow& WindowLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Override, else the window's target.
   void ChooseTargetLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void ApplyLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -113,6 +126,10 @@ class Controller {
   Engine* engine_ ABSL_GUARDED_BY(mutex_) = nullptr;
   std::vector<PricePoint> price_table_ ABSL_GUARDED_BY(mutex_);
   PolicyVersion policy_ ABSL_GUARDED_BY(mutex_);
+  ScheduleClockState schedule_clock_ ABSL_GUARDED_BY(mutex_);
+  // Of policy_, good from open_since_ until open_.until.
+  std::optional<OpenWindow> open_ ABSL_GUARDED_BY(mutex_);
+  absl::Time open_since_ ABSL_GUARDED_BY(mutex_);
   std::optional<ActiveOverride> override_ ABSL_GUARDED_BY(mutex_);
   BitsTrackerState tracker_ ABSL_GUARDED_BY(mutex_);
   std::deque<Sample> samples_ ABSL_GUARDED_BY(mutex_);

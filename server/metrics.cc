@@ -199,6 +199,20 @@ void Metrics::AddPrecision(const ControlStatus& control, Families& families) con
            {{"window", control.window.name},
             {"mode", ModeName(control.mode)},
             {"generation", absl::StrCat(control.policy_generation)}});
+  AddPolicyReloads(control.policy_reloads, families);
+}
+
+void Metrics::AddPolicyReloads(const PolicyReloads& reloads, Families& families) {
+  Series series(families, {});
+  series.Gauge("mobi_policy_reload_success", "0: the last reload of the policy file was refused.",
+               reloads.last.ok());
+  series.Gauge("mobi_policy_last_applied_timestamp_seconds",
+               "When the policy file was last applied by a reload; 0 for never.",
+               std::chrono::duration<double>(reloads.last_applied.time_since_epoch()).count());
+  families.push_back(Family("mobi_policy_reloads_total", "Reloads of the policy file by result.",
+                            MetricType::Counter));
+  AddValue(families.back(), static_cast<double>(reloads.applied), {{"result", "applied"}});
+  AddValue(families.back(), static_cast<double>(reloads.refused), {{"result", "refused"}});
 }
 
 void Metrics::AddServer(const ControlStatus& control, Families& families) const {
