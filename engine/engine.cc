@@ -123,7 +123,9 @@ absl::Status EngineImpl::Validate(const GenerationRequest& request) const {
                                                    " tokens, the context holds ", max_model_len_));
   }
   if (spec.n < 1 || spec.max_new_tokens < 0 || spec.top_logprobs < 0 ||
-      spec.top_logprobs > kMaxTopLogprobs || spec.sampling.logit_bias.size() > kMaxLogitBias) {
+      spec.top_logprobs > kMaxTopLogprobs || spec.prompt_top_logprobs < 0 ||
+      spec.prompt_top_logprobs > kMaxTopLogprobs ||
+      spec.sampling.logit_bias.size() > kMaxLogitBias) {
     return absl::InvalidArgumentError("n, max_new_tokens, top_logprobs or logit_bias out of range");
   }
   for (const auto& [token, bias] : spec.sampling.logit_bias) {
@@ -335,6 +337,9 @@ void EngineImpl::Commit(const ChunkResult& result, TimePoint now) {
   if (request.ended) return;
   if (!result.prompt_logprobs.empty()) {
     request.sink->OnPromptLogprobs(result.first_scored, result.prompt_logprobs);
+    if (!result.prompt_top.empty()) {
+      request.sink->OnPromptTopLogprobs(result.first_scored, result.prompt_top);
+    }
   }
   if (result.sampled) {
     EmitToken(sequence, result, now);

@@ -57,7 +57,8 @@ struct GenerationRequest {
   bool ignore_eos = false;
   int top_logprobs = 0;  // per completion token, 0..kMaxTopLogprobs
   bool prompt_logprobs = false;
-  int priority = 0;  // higher goes first
+  int prompt_top_logprobs = 0;  // per prompt token, with prompt_logprobs
+  int priority = 0;             // higher goes first
   TimePoint deadline = TimePoint::max();
   std::string tenant;
   std::string cache_salt;
@@ -108,6 +109,10 @@ class TokenSink {
   // log p(prompt[i] | prompt[..i-1]) for i = first, first + 1, ...; first >= 1.
   virtual void OnPromptLogprobs(int first, absl::Span<const float> logprobs) {
     (void)first, (void)logprobs;
+  }
+  // The most likely tokens there, prompt_top_logprobs entries each.
+  virtual void OnPromptTopLogprobs(int first, absl::Span<const TopLogprobs> top) {
+    (void)first, (void)top;
   }
   // False ends this completion here as kStop (a stop string matched); the token counts.
   virtual bool OnToken(const TokenEvent& event) = 0;

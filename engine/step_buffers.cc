@@ -1,5 +1,6 @@
 #include "engine/step_buffers.h"
 
+#include <numeric>
 #include <utility>
 
 #include "engine/base/status_macros.h"
@@ -40,6 +41,7 @@ absl::StatusOr<StepBuffers> StepBuffers::Create(const StepLimits& limits, Backen
     b.block_table_offset_ = b.used_;
     b.Place(b.block_table, seqs * b.block_table_stride);
     b.Place(b.edits, static_cast<size_t>(b.max_edits));
+    b.Place(b.row_ids, seqs);
     b.Place(b.score_rows, seqs);
     b.Place(b.score_ids, seqs);
     b.Place(b.level_tiles, tokens);
@@ -47,11 +49,14 @@ absl::StatusOr<StepBuffers> StepBuffers::Create(const StepLimits& limits, Backen
     b.Place(b.sampled, seqs);
     b.Place(b.top, seqs);
     b.Place(b.scores, seqs);
+    b.Place(b.score_top, seqs);
   };
   layout();
   b.host_.resize(b.used_);
   MOBI_ASSIGN_OR_RETURN(b.device_, backend.Allocate(b.used_, "step inputs"));
   layout();
+  std::iota(b.row_ids.host, b.row_ids.host + seqs, 0);
+  backend.Upload(b.row_ids.host, seqs * sizeof(int32_t), b.row_ids.device);
   return b;
 }
 

@@ -45,6 +45,7 @@ class StepBuffers {
   StepArray<LogitEdit> edits;
   int block_table_stride = 0;
   int max_edits = 0;
+  StepArray<int32_t> row_ids;  // 0, 1, ...: every row of the logits
   // Scoring, in pieces of max_seqs rows.
   StepArray<int32_t> score_rows, score_ids;
   // Outputs.
@@ -53,6 +54,7 @@ class StepBuffers {
   StepArray<Sampled> sampled;        // [max_seqs]
   StepArray<TopLogprobs> top;        // [max_seqs]
   StepArray<float> scores;           // [max_seqs]
+  StepArray<TopLogprobs> score_top;  // [max_seqs]
 
  private:
   template <typename T>

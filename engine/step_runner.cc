@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <bit>
-#include <numeric>
 #include <utility>
 
 #include "engine/base/status_macros.h"
@@ -50,10 +49,7 @@ absl::StatusOr<StepResult> StepRunner::Run(absl::Span<const ScheduledChunk> plan
   backend_.RunStep(layout.key, [&] { Enqueue(layout); });
   if (layout.top_logprobs > 0) {
     // Row i of the logits is sampled row i.
-    std::iota(buffers_.score_rows.host, buffers_.score_rows.host + layout.num_sampled, 0);
-    backend_.Upload(buffers_.score_rows.host, sizeof(int32_t) * layout.num_sampled,
-                    buffers_.score_rows.device);
-    backend_.MostLikely(logits_.FirstRows(layout.num_sampled), buffers_.score_rows.device,
+    backend_.MostLikely(logits_.FirstRows(layout.num_sampled), buffers_.row_ids.device,
                         layout.num_sampled, layout.top_logprobs, buffers_.top.device);
     backend_.Download(buffers_.top.device, sizeof(TopLogprobs) * layout.num_sampled,
                       buffers_.top.host);
@@ -129,6 +125,7 @@ void StepRunner::AddChunk(int index, const PrecisionTarget& target, ChunkResult&
   if (spec.prompt_logprobs) {
     const int prompt = sequence.request->prompt_length();
     result.first_scored = chunk.begin + 1;
+    layout.score_top = std::max(layout.score_top, spec.prompt_top_logprobs);
     for (int i = 0; i < chunk.count && chunk.begin + i + 1 < prompt; ++i) {
       layout.scored.push_back({first + i, sequence.tokens[chunk.begin + i + 1], index});
     }
@@ -225,10 +222,19 @@ absl::Status StepRunner::Score(const Layout& layout, StepResult& result) {
     model_.Logits(hidden, logits);
     backend_.TokenLogprobs(logits, buffers_.score_ids.device, buffers_.scores.device);
     backend_.Download(buffers_.scores.device, sizeof(float) * n, buffers_.scores.host);
+    if (layout.score_top > 0) {
+      backend_.MostLikely(logits, buffers_.row_ids.device, n, layout.score_top,
+                          buffers_.score_top.device);
+      backend_.Download(buffers_.score_top.device, sizeof(TopLogprobs) * n,
+                        buffers_.score_top.host);
+    }
     MOBI_RETURN_IF_ERROR(backend_.Synchronize());
     for (int i = 0; i < n; ++i) {
-      const int chunk = layout.scored[begin + i].result;
-      result.chunks[chunk].prompt_logprobs.push_back(buffers_.scores.host[i]);
+      ChunkResult& chunk = result.chunks[layout.scored[begin + i].result];
+      chunk.prompt_logprobs.push_back(buffers_.scores.host[i]);
+      if (chunk.chunk.sequence->request->spec.prompt_top_logprobs > 0) {
+        chunk.prompt_top.push_back(buffers_.score_top.host[i]);
+      }
     }
   }
   return absl::OkStatus();

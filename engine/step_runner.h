@@ -33,6 +33,7 @@ struct ChunkResult {
   // log p of the chunk's prompt tokens given what precedes, from token `first_scored` on.
   int first_scored = 0;
   std::vector<float> prompt_logprobs;
+  std::vector<TopLogprobs> prompt_top;
 };
 
 struct StepResult {
@@ -65,6 +66,7 @@ class StepRunner {
     int num_edits = 0;
     int max_query_len = 1;
     int top_logprobs = 0;
+    int score_top = 0;
     std::vector<int> sampled_results;  // index into the result's chunks
     std::vector<int> first_row;        // of each chunk
     std::vector<ScoredRow> scored;

@@ -22,6 +22,11 @@ class CollectingSink final : public TokenSink {
     prompt_logprobs.resize(std::max(prompt_logprobs.size(), first + logprobs.size()));
     std::copy(logprobs.begin(), logprobs.end(), prompt_logprobs.begin() + first);
   }
+  void OnPromptTopLogprobs(int first, absl::Span<const TopLogprobs> entries) override {
+    MutexLock lock(mutex_);
+    prompt_top.resize(std::max(prompt_top.size(), first + entries.size()));
+    std::copy(entries.begin(), entries.end(), prompt_top.begin() + first);
+  }
   bool OnToken(const TokenEvent& event) override {
     MutexLock lock(mutex_);
     auto& tokens = completions[event.index];
@@ -59,6 +64,7 @@ class CollectingSink final : public TokenSink {
   std::vector<float> bits;
   std::vector<TopLogprobs> top;
   std::vector<float> prompt_logprobs;
+  std::vector<TopLogprobs> prompt_top;
   std::vector<CompletionEnd> ends;
   std::optional<RequestEnd> done;
   int times_done = 0;

@@ -20,10 +20,16 @@ class GateSink final : public TokenSink {
  public:
   bool OnToken(const TokenEvent&) override {
     MutexLock lock(mutex_);
+    held_ = true;
+    changed_.NotifyAll();
     while (!open_) changed_.Wait(mutex_);
     return false;
   }
   void OnDone(const RequestEnd&) override {}
+  void WaitUntilHeld() {
+    MutexLock lock(mutex_);
+    while (!held_) changed_.Wait(mutex_);
+  }
   void Open() {
     MutexLock lock(mutex_);
     open_ = true;
@@ -33,6 +39,7 @@ class GateSink final : public TokenSink {
  private:
   Mutex mutex_;
   CondVar changed_;
+  bool held_ = false;
   bool open_ = false;
 };
 
@@ -241,6 +248,7 @@ TEST_F(EngineTest, CoherentDecodesShareTheirBitsAndPinnedOnesKeepTheirOwn) {
   pinned.precision.level = 4;
   GateSink gate;
   ASSERT_TRUE(engine_->Submit(Request(4, 1), &gate).ok());
+  gate.WaitUntilHeld();
   CollectingSink kept, sinks[8];
   ASSERT_TRUE(engine_->Submit(pinned, &kept).ok());
   for (int i = 0; i < 8; ++i) ASSERT_TRUE(engine_->Submit(Request(20, 60, i), &sinks[i]).ok());
@@ -344,6 +352,22 @@ TEST_F(EngineTest, ScoringGivesEveryPromptTokenButTheFirst) {
   ASSERT_TRUE(engine_->Submit(request, &pieces).ok());
   pieces.Wait();
   EXPECT_EQ(pieces.prompt_logprobs, sink.prompt_logprobs);
+  // Alternatives: none is likelier than the first, and a prompt token among them has its score.
+  request.prompt_top_logprobs = 20;
+  CollectingSink top;
+  ASSERT_TRUE(engine_->Submit(request, &top).ok());
+  top.Wait();
+  ASSERT_EQ(top.prompt_top.size(), 100u);
+  int found = 0;
+  for (int i = 1; i < 100; ++i) {
+    EXPECT_GE(top.prompt_top[i].logprobs[0], top.prompt_logprobs[i]);
+    for (int k = 0; k < 20; ++k) {
+      if (top.prompt_top[i].tokens[k] != request.prompt[i]) continue;
+      EXPECT_FLOAT_EQ(top.prompt_top[i].logprobs[k], top.prompt_logprobs[i]);
+      ++found;
+    }
+  }
+  EXPECT_GT(found, 0);
 }
 
 TEST_F(EngineTest, LogprobsAndMostLikelyTokensAgree) {
