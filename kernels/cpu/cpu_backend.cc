@@ -4,6 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/backend.h"
+#include "kernels/cpu/dense_matmul.h"
 #include "kernels/cpu/host_memory.h"
 #include "kernels/cpu/reference_ops.h"
 #include "kernels/cpu/sliced_matmul.h"
@@ -101,6 +102,9 @@ class SimdBackend final : public ReferenceBackend {
   void SlicedMatmul(Tensor x, const SlicedWeight& weight, const uint8_t* levels,
                     int64_t levels_stride, Tensor out) override {
     cpu::SlicedMatmul(pool_, workspace_, x, weight, levels, levels_stride, out);
+  }
+  void DenseMatmul(Tensor x, Tensor weight, Tensor out) override {
+    cpu::DenseMatmul(pool_, workspace_, x, weight, out);
   }
 
  private:

@@ -28,15 +28,24 @@ constexpr size_t kLanes = hn::MaxLanes(FloatTag());
 constexpr size_t kBlockRows = 16;
 constexpr size_t kSumsPerToken = kBlockRows * kLanes;
 
-// Adds to sums[t][r][lane], for 4 rows and T tokens, the products of `length` columns. Row r of the
-// block is at w + r * w_stride, the columns of token t at x[t] + x_offset; sums of its neighbours
-// kLanes apart, of the next token kSumsPerToken. `length` is a multiple of kLanes.
-template <int T>
-HWY_INLINE void Dot4Rows(const float* HWY_RESTRICT w, size_t w_stride, const float* const* x,
-                         size_t x_offset, size_t length, float* HWY_RESTRICT sums) {
+HWY_INLINE hn::Vec<FloatTag> LoadWeights(const float* HWY_RESTRICT w) {
+  return hn::LoadU(FloatTag(), w);
+}
+template <class Half>  // hwy::float16_t or hwy::bfloat16_t
+HWY_INLINE hn::Vec<FloatTag> LoadWeights(const Half* HWY_RESTRICT w) {
+  return hn::PromoteTo(FloatTag(), hn::LoadU(hn::Rebind<Half, FloatTag>(), w));
+}
+
+// Adds to sums[t][r][lane], for the 4 rows w and T tokens, the products of `length` columns, a
+// multiple of kLanes. The columns of token t begin at x[t] + x_offset. Sums of neighbouring rows
+// are kLanes apart, of tokens kSumsPerToken.
+template <int T, class Weight>
+HWY_INLINE void Dot4Rows(const Weight* const* w, const float* const* x, size_t x_offset,
+                         size_t length, float* HWY_RESTRICT sums) {
   const FloatTag d;
   const auto sum = [&](int t, int r) HWY_ATTR { return sums + t * kSumsPerToken + r * kLanes; };
   constexpr int t1 = T > 1 ? 1 : 0, t2 = T > 2 ? 2 : 0, t3 = T > 3 ? 3 : 0;
+  const Weight *row0 = w[0], *row1 = w[1], *row2 = w[2], *row3 = w[3];
   const float* HWY_RESTRICT x0 = x[0] + x_offset;
   const float* HWY_RESTRICT x1 = x[t1] + x_offset;
   const float* HWY_RESTRICT x2 = x[t2] + x_offset;
@@ -50,8 +59,8 @@ HWY_INLINE void Dot4Rows(const float* HWY_RESTRICT w, size_t w_stride, const flo
   auto s30 = hn::Load(d, sum(t3, 0)), s31 = hn::Load(d, sum(t3, 1));
   auto s32 = hn::Load(d, sum(t3, 2)), s33 = hn::Load(d, sum(t3, 3));
   for (size_t k = 0; k < length; k += kLanes) {
-    const auto w0 = hn::Load(d, w + k), w1 = hn::Load(d, w + w_stride + k);
-    const auto w2 = hn::Load(d, w + 2 * w_stride + k), w3 = hn::Load(d, w + 3 * w_stride + k);
+    const auto w0 = LoadWeights(row0 + k), w1 = LoadWeights(row1 + k);
+    const auto w2 = LoadWeights(row2 + k), w3 = LoadWeights(row3 + k);
     const auto v0 = hn::LoadU(d, x0 + k);
     s00 = hn::MulAdd(w0, v0, s00);
     s01 = hn::MulAdd(w1, v0, s01);
@@ -103,26 +112,35 @@ HWY_INLINE void Dot4Rows(const float* HWY_RESTRICT w, size_t w_stride, const flo
   }
 }
 
-// The same for a block of kBlockRows rows and any number of tokens.
+// The same for any number of tokens.
+template <class Weight>
+HWY_INLINE void Dot4RowsTokens(const Weight* const* w, const float* const* x, size_t x_offset,
+                               size_t num_tokens, size_t length, float* HWY_RESTRICT sums) {
+  size_t t = 0;
+  for (; t + 4 <= num_tokens; t += 4) {
+    Dot4Rows<4>(w, x + t, x_offset, length, sums + t * kSumsPerToken);
+  }
+  sums += t * kSumsPerToken;
+  switch (num_tokens - t) {
+    case 1:
+      return Dot4Rows<1>(w, x + t, x_offset, length, sums);
+    case 2:
+      return Dot4Rows<2>(w, x + t, x_offset, length, sums);
+    case 3:
+      return Dot4Rows<3>(w, x + t, x_offset, length, sums);
+  }
+}
+
+// A block of kBlockRows rows, w_stride apart. Tokens are the outer loop: the block's weights stay
+// in the first level cache while inputs and sums stream by.
 inline void DotBlock(const float* HWY_RESTRICT w, size_t w_stride, const float* const* x,
                      size_t x_offset, size_t num_tokens, size_t length, float* HWY_RESTRICT sums) {
   for (size_t t = 0; t < num_tokens; t += 4) {
     for (size_t r = 0; r < kBlockRows; r += 4) {
-      const float* rows = w + r * w_stride;
-      float* at = sums + t * kSumsPerToken + r * kLanes;
-      switch (std::min<size_t>(4, num_tokens - t)) {
-        case 1:
-          Dot4Rows<1>(rows, w_stride, x + t, x_offset, length, at);
-          break;
-        case 2:
-          Dot4Rows<2>(rows, w_stride, x + t, x_offset, length, at);
-          break;
-        case 3:
-          Dot4Rows<3>(rows, w_stride, x + t, x_offset, length, at);
-          break;
-        default:
-          Dot4Rows<4>(rows, w_stride, x + t, x_offset, length, at);
-      }
+      const float* rows[4] = {w + r * w_stride, w + (r + 1) * w_stride, w + (r + 2) * w_stride,
+                              w + (r + 3) * w_stride};
+      Dot4RowsTokens(rows, x + t, x_offset, std::min<size_t>(4, num_tokens - t), length,
+                     sums + t * kSumsPerToken + r * kLanes);
     }
   }
 }

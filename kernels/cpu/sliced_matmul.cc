@@ -465,14 +465,15 @@ void SlicedMatmul(ThreadPool& pool, Workspace& workspace, Tensor x, const Sliced
                   const uint8_t* levels, int64_t levels_stride, Tensor out) {
   const auto most = static_cast<int>(std::min<int64_t>(x.rows, kMaxTokens));
   const int64_t stride = weight.cols + kStridePadding;
-  workspace.Reserve(most * stride, HWY_DYNAMIC_DISPATCH(ScratchFloats)(most));
+  float* inputs = workspace.inputs(most * stride);
+  workspace.ReservePerThread(HWY_DYNAMIC_DISPATCH(ScratchFloats)(most));
   LevelOrder order;
   for (int64_t first = 0; first < x.rows; first += kMaxTokens) {
     const int64_t count = std::min<int64_t>(kMaxTokens, x.rows - first);
-    SortByLevel(levels + first, levels_stride, weight.num_segments, static_cast<int>(count),
-                workspace.shared(), stride, order);
-    const SlicedJob job{
-        &weight, &order, x.Rows(first, count), workspace.shared(), stride, out.Rows(first, count)};
+    SortByLevel(levels + first, levels_stride, weight.num_segments, static_cast<int>(count), inputs,
+                stride, order);
+    const SlicedJob job{&weight, &order, x.Rows(first, count),
+                        inputs,  stride, out.Rows(first, count)};
     pool.RunRanges(count, 1 + 32768 / weight.cols, [&](int64_t begin, int64_t end, int) {
       HWY_DYNAMIC_DISPATCH(PermuteTokens)(job, begin, end);
     });

@@ -1,6 +1,6 @@
 // Scratch memory of the CPU backend's ops, reused from op to op. It grows when an op is larger than
 // any before it and never shrinks, so a step of a size seen before allocates nothing.
-// Reserve is called by the op before it runs in parallel; each thread then has its own part.
+// An op asks for what it needs before it runs in parallel; each thread then has its own part.
 #ifndef MOBI_KERNELS_CPU_WORKSPACE_H_
 #define MOBI_KERNELS_CPU_WORKSPACE_H_
 
@@ -15,26 +15,31 @@ class Workspace {
  public:
   explicit Workspace(int num_threads) : of_thread_(num_threads) {}
 
-  // Room for `shared` floats seen by all threads and `per_thread` by each. Contents are undefined.
-  void Reserve(size_t shared, size_t per_thread) {
-    shared_.Grow(shared);
-    for (Area& area : of_thread_) area.Grow(per_thread);
+  // Shared areas of at least `count` floats, contents undefined. A matmul keeps its inputs in
+  // `inputs`, an op that calls a matmul its own intermediate results in `results`.
+  float* inputs(size_t count) { return inputs_.Get(count); }
+  float* results(size_t count) { return results_.Get(count); }
+
+  // Room for `count` floats of every thread.
+  void ReservePerThread(size_t count) {
+    for (Area& area : of_thread_) area.Get(count);
   }
-  float* shared() const { return shared_.data.get(); }
   float* of_thread(int thread) const { return of_thread_[thread].data.get(); }
 
  private:
   struct Area {
-    void Grow(size_t count) {
-      if (count <= size) return;
-      data = hwy::AllocateAligned<float>(count);
-      size = count;
+    float* Get(size_t count) {
+      if (count > size) {
+        data = hwy::AllocateAligned<float>(count);
+        size = count;
+      }
+      return data.get();
     }
     hwy::AlignedFreeUniquePtr<float[]> data;
     size_t size = 0;
   };
 
-  Area shared_;
+  Area inputs_, results_;
   std::vector<Area> of_thread_;
 };
 
