@@ -4,6 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/backend.h"
+#include "kernels/cpu/attention.h"
 #include "kernels/cpu/dense_matmul.h"
 #include "kernels/cpu/host_memory.h"
 #include "kernels/cpu/reference_ops.h"
@@ -105,6 +106,10 @@ class SimdBackend final : public ReferenceBackend {
   }
   void DenseMatmul(Tensor x, Tensor weight, Tensor out) override {
     cpu::DenseMatmul(pool_, workspace_, x, weight, out);
+  }
+  void Attention(Tensor q, const KvLayer& kv, const AttentionBatch& batch,
+                 const AttentionShape& shape, Tensor out) override {
+    cpu::Attention(pool_, workspace_, q, kv, batch, shape, out);
   }
 
  private:

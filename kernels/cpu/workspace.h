@@ -5,6 +5,7 @@
 #define MOBI_KERNELS_CPU_WORKSPACE_H_
 
 #include <cstddef>
+#include <cstdint>
 #include <vector>
 
 #include "hwy/aligned_allocator.h"
@@ -19,6 +20,10 @@ class Workspace {
   // `inputs`, an op that calls a matmul its own intermediate results in `results`.
   float* inputs(size_t count) { return inputs_.Get(count); }
   float* results(size_t count) { return results_.Get(count); }
+  int32_t* indices(size_t count) {
+    if (indices_.size() < count) indices_.resize(count);
+    return indices_.data();
+  }
 
   // Room for `count` floats of every thread.
   void ReservePerThread(size_t count) {
@@ -40,6 +45,7 @@ class Workspace {
   };
 
   Area inputs_, results_;
+  std::vector<int32_t> indices_;
   std::vector<Area> of_thread_;
 };
 

@@ -52,10 +52,11 @@ Tolerance ToleranceOf(Op op, DType activations) {
   // 16-bit results carry the rounding of the stored value (2^-11, 2^-8 relative) and, in attention
   // and after a rotation, that of intermediate values that a kernel may keep in 16 bits.
   static constexpr Entry kTable[] = {
-      /* kExact */ {{0, 0}, {0, 0}, {0, 0}},
       /* kElementwise */ {{2e-6, 2e-6}, {1e-3, 1e-3}, {8e-3, 8e-3}},
       /* kMatmul */ {{2e-6, 1e-5}, {1e-3, 1e-3}, {8e-3, 8e-3}},
       /* kAttention */ {{2e-6, 1e-5}, {2e-3, 2e-3}, {1.6e-2, 1.6e-2}},
+      /* kLargeScores: of several hundred, rounded in fp32 before exp */
+      {{1e-4, 1e-4}, {2e-3, 2e-3}, {1.6e-2, 1.6e-2}},
       /* kLogprob: always computed from fp32 logits */ {{5e-6, 5e-6}, {5e-6, 5e-6}, {5e-6, 5e-6}},
   };
   const Entry& entry = kTable[static_cast<int>(op)];

@@ -37,7 +37,7 @@ struct Tolerance {
   double scaled;
 };
 
-enum class Op { kExact, kElementwise, kMatmul, kAttention, kLogprob };
+enum class Op { kElementwise, kMatmul, kAttention, kLargeScores, kLogprob };
 Tolerance ToleranceOf(Op op, DType activations);
 
 // A host matrix in any dtype, rows `stride` elements apart; what lies between is poison.
