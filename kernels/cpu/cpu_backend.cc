@@ -6,8 +6,10 @@
 #include "kernels/backend.h"
 #include "kernels/cpu/attention.h"
 #include "kernels/cpu/dense_matmul.h"
+#include "kernels/cpu/elementwise.h"
 #include "kernels/cpu/host_memory.h"
 #include "kernels/cpu/reference_ops.h"
+#include "kernels/cpu/route.h"
 #include "kernels/cpu/sliced_matmul.h"
 #include "kernels/cpu/thread_pool.h"
 #include "kernels/cpu/workspace.h"
@@ -100,6 +102,19 @@ class SimdBackend final : public ReferenceBackend {
                         pool_.num_threads() == 1 ? " thread" : " threads");
   }
 
+  void Embed(Tensor table, const int32_t* ids, Tensor out) override {
+    cpu::Embed(pool_, table, ids, out);
+  }
+  void RmsNorm(Tensor x, Tensor weight, float eps, Tensor out) override {
+    cpu::RmsNorm(pool_, x, weight, eps, out);
+  }
+  void AddRmsNorm(Tensor delta, Tensor weight, float eps, Tensor residual, Tensor out) override {
+    cpu::AddRmsNorm(pool_, delta, weight, eps, residual, out);
+  }
+  void Route(Tensor x, const RoutedWeight& linear, const RoutingBatch& batch, uint8_t* levels,
+             int64_t levels_stride) override {
+    cpu::Route(pool_, workspace_, x, linear, batch, levels, levels_stride);
+  }
   void SlicedMatmul(Tensor x, const SlicedWeight& weight, const uint8_t* levels,
                     int64_t levels_stride, Tensor out) override {
     cpu::SlicedMatmul(pool_, workspace_, x, weight, levels, levels_stride, out);
@@ -107,9 +122,17 @@ class SimdBackend final : public ReferenceBackend {
   void DenseMatmul(Tensor x, Tensor weight, Tensor out) override {
     cpu::DenseMatmul(pool_, workspace_, x, weight, out);
   }
+  void RopeAndWriteKv(Tensor qkv, const RopeTable& rope, const int32_t* positions,
+                      const int32_t* slots, const AttentionShape& shape, KvLayer kv) override {
+    cpu::RopeAndWriteKv(pool_, qkv, rope, positions, slots, shape, kv);
+  }
   void Attention(Tensor q, const KvLayer& kv, const AttentionBatch& batch,
                  const AttentionShape& shape, Tensor out) override {
     cpu::Attention(pool_, workspace_, q, kv, batch, shape, out);
+  }
+  void SwiGlu(Tensor gate_up, Tensor out) override { cpu::SwiGlu(pool_, gate_up, out); }
+  void GatherRows(Tensor x, const int32_t* rows, Tensor out) override {
+    cpu::GatherRows(pool_, x, rows, out);
   }
 
  private:
