@@ -10,6 +10,7 @@
 #include "kernels/cpu/host_memory.h"
 #include "kernels/cpu/reference_ops.h"
 #include "kernels/cpu/route.h"
+#include "kernels/cpu/sampling.h"
 #include "kernels/cpu/sliced_matmul.h"
 #include "kernels/cpu/thread_pool.h"
 #include "kernels/cpu/workspace.h"
@@ -44,7 +45,7 @@ class HostBackend : public Backend {
   void Free(void* data) final { FreeHost(data); }
 };
 
-class ReferenceBackend : public HostBackend {
+class ReferenceBackend final : public HostBackend {
  public:
   std::string_view name() const override { return "cpu"; }
   std::string description() const override { return "CPU, scalar reference, 1 thread"; }
@@ -93,10 +94,11 @@ class ReferenceBackend : public HostBackend {
   }
 };
 
-class SimdBackend final : public ReferenceBackend {
+class SimdBackend final : public HostBackend {
  public:
   explicit SimdBackend(int num_threads) : pool_(num_threads), workspace_(num_threads) {}
 
+  std::string_view name() const override { return "cpu"; }
   std::string description() const override {
     return absl::StrCat("CPU, ", "SIMD", ", ", pool_.num_threads(),
                         pool_.num_threads() == 1 ? " thread" : " threads");
@@ -133,6 +135,16 @@ class SimdBackend final : public ReferenceBackend {
   void SwiGlu(Tensor gate_up, Tensor out) override { cpu::SwiGlu(pool_, gate_up, out); }
   void GatherRows(Tensor x, const int32_t* rows, Tensor out) override {
     cpu::GatherRows(pool_, x, rows, out);
+  }
+  void Sample(Tensor logits, const SamplingBatch& batch, Sampled* out) override {
+    cpu::Sample(pool_, workspace_, logits, batch, out);
+  }
+  void TokenLogprobs(Tensor logits, const int32_t* ids, float* out) override {
+    cpu::TokenLogprobs(pool_, logits, ids, out);
+  }
+  void MostLikely(Tensor logits, const int32_t* rows, int num_rows, int count,
+                  TopLogprobs* out) override {
+    cpu::MostLikely(pool_, workspace_, logits, rows, num_rows, count, out);
   }
 
  private:
