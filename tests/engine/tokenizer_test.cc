@@ -64,9 +64,8 @@ void ExpectReferenceList(const Tokenizer& tokenizer, const json& goldens) {
   }
 }
 
-TEST(TokenizerGolden, StoriesLlama) {
-  if (StoriesFolder().empty()) GTEST_SKIP() << "the stories-llama tokenizer is not here";
-  const auto tokenizer = MustLoad(StoriesFolder());
+TEST(TokenizerGolden, DemoModel) {
+  const auto tokenizer = MustLoad(DemoModel());
   ASSERT_NE(tokenizer, nullptr);
   ExpectReferenceList(*tokenizer, TestData("tokenizer_stories_llama_goldens.json"));
 }
@@ -83,8 +82,7 @@ TEST(TokenizerGolden, WikiLlama) {
 }
 
 TEST(TokenizerGolden, ByteLevel) {
-  if (StoriesFolder().empty()) GTEST_SKIP() << "the stories-llama tokenizer is not here";
-  const auto tokenizer = MustLoad(StoriesFolder());
+  const auto tokenizer = MustLoad(DemoModel());
   ASSERT_NE(tokenizer, nullptr);
   const json goldens = TestData("tokenizer_byte_level_goldens.json");
   for (const json& golden : goldens["strings"]) ExpectGolden(*tokenizer, golden);
@@ -295,8 +293,7 @@ TEST(SplitRegex, EndlessBacktrackingIsAnError) {
 }
 
 TEST(Tokenizer, ByteLevelTextSurvivesTheRoundTrip) {
-  if (StoriesFolder().empty()) GTEST_SKIP() << "the stories-llama tokenizer is not here";
-  const auto tokenizer = MustLoad(StoriesFolder());
+  const auto tokenizer = MustLoad(DemoModel());
   ASSERT_NE(tokenizer, nullptr);
   std::mt19937 random(11);
   for (int i = 0; i < 5000; ++i) {
@@ -382,7 +379,7 @@ double SecondsToEncode(const Tokenizer& tokenizer, const std::string& text) {
 TEST(Tokenizer, HostileLongTextsAreFast) {
   std::vector<std::unique_ptr<Tokenizer>> tokenizers;
   tokenizers.push_back(MustParse(TestData("tokenizer_llama2.json")));
-  if (!StoriesFolder().empty()) tokenizers.push_back(MustLoad(StoriesFolder()));
+  tokenizers.push_back(MustLoad(DemoModel()));
   std::vector<std::string> units = {
       "a",     " ",  "\n", " a", "the ", "\xE2\x96\x81", "\xC3\xA9", std::string("\0x", 2), "<",
       "<|eot", "<s", "'",  "9",  "!",    "\t ",          "ab ba",    "\xF0\x9F\x98\x80",    "\xFF"};

@@ -31,13 +31,8 @@ inline nlohmann::json TestData(const std::string& name) {
   return nlohmann::json::parse(ReadText(SourcePath("tests/testdata/" + name)));
 }
 
-// The folder of the small byte-level tokenizer, empty when it is nowhere.
-inline std::string StoriesFolder() {
-  for (const char* folder : {"deploy/demo/model", "../shared/data/stories-llama"}) {
-    if (std::filesystem::exists(SourcePath(folder) + "/tokenizer.json")) return SourcePath(folder);
-  }
-  return "";
-}
+// The small byte-level tokenizer that the demo model has.
+inline std::string DemoModel() { return SourcePath("deploy/demo/model"); }
 
 inline std::unique_ptr<Tokenizer> MustParse(const nlohmann::json& tokenizer,
                                             const std::string& config = "") {
