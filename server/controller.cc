@@ -47,11 +47,11 @@ Controller::Controller(const ControllerOptions& options, const Policy& policy, c
   ChooseTargetLocked();
 }
 
-void Controller::Attach(Engine* engine, std::vector<PricePoint> price_table) {
+void Controller::Attach(Engine* engine, PriceTables prices) {
   MutexLock lock(mutex_);
   engine_ = engine;
-  price_table_ = std::move(price_table);
-  status_.elastic = !price_table_.empty();
+  prices_ = std::move(prices);
+  status_.elastic = !prices_.token.empty();
   ApplyLocked();
 }
 
@@ -62,11 +62,7 @@ void Controller::Tick() {
   ChooseTargetLocked();
   if (engine_ == nullptr) return;
   const EngineStats stats = engine_->stats();
-  if (status_.elastic) {
-    tracker_ = TrackBits(options_.tracker, status_.target_bits,
-                         NatsPerBit(price_table_, status_.target_bits), stats, tracker_);
-    ApplyLocked();
-  }
+  if (status_.elastic) TrackLocked(stats);
   AverageLocked(now, stats);
 }
 
@@ -170,11 +166,24 @@ void Controller::ChooseTargetLocked() {
   status_.target_bits = window.ceiling_bits;
 }
 
+void Controller::TrackLocked(const EngineStats& stats) {
+  const float target = status_.target_bits;
+  tracker_ = TrackBits(options_.tracker, target, NatsPerBit(prices_.token, target),
+                       {stats.steps, stats.tracked_bits_sum, stats.tracked_tokens}, tracker_);
+  coherent_tracker_ =
+      TrackBits(options_.coherent_tracker, target, NatsPerBit(prices_.coherent, target),
+                {stats.steps, stats.coherent_bits_sum, stats.coherent_steps}, coherent_tracker_);
+  ApplyLocked();
+}
+
 void Controller::ApplyLocked() {
   status_.log_price_trim = tracker_.trim;
-  status_.saturated = tracker_.saturated;
+  status_.coherent_log_price_trim = coherent_tracker_.trim;
+  status_.saturated = tracker_.saturated || coherent_tracker_.saturated;
   if (engine_ == nullptr) return;
-  engine_->SetPrecision({.target_bits = status_.target_bits, .log_price_trim = tracker_.trim});
+  engine_->SetPrecision({.target_bits = status_.target_bits,
+                         .log_price_trim = tracker_.trim,
+                         .coherent_log_price_trim = coherent_tracker_.trim});
 }
 
 void Controller::AverageLocked(TimePoint now, const EngineStats& stats) {

@@ -29,7 +29,9 @@ namespace mobi {
 enum class ControlMode { kFixed, kPolicy, kOverride };
 
 struct ControllerOptions {
-  BitsTrackerOptions tracker;
+  BitsTrackerOptions tracker;  // of tokens that choose for themselves
+  // Of decodes that share a level: a measurement is a step, and its tokens average out.
+  BitsTrackerOptions coherent_tracker = {.full_count = 8, .min_count = 2};
   ScheduleClockOptions schedule_clock;
   Duration interval = std::chrono::milliseconds(50);  // of Tick
   Duration averaging = std::chrono::seconds(1);       // of the status
@@ -63,6 +65,7 @@ struct ControlStatus {
   float loaded_bits = 0;
   float price = 0;
   float log_price_trim = 0;
+  float coherent_log_price_trim = 0;
   bool saturated = false;
   PolicyWindow window;
   std::optional<WallTime> window_until;  // when the schedule is looked at again; none: for ever
@@ -78,6 +81,12 @@ struct ControlStatus {
   EngineStats engine;
 };
 
+// The checkpoint's tables of log(price) over bits, empty when it has none.
+struct PriceTables {
+  std::vector<PricePoint> token;
+  std::vector<PricePoint> coherent;
+};
+
 // Fall of log(price) for one more bit around `bits`; 1 without a table. Always > 0.
 float NatsPerBit(absl::Span<const PricePoint> price_table, float bits);
 
@@ -86,7 +95,7 @@ class Controller {
   Controller(const ControllerOptions& options, const Policy& policy, const Clock& clock);
 
   // `engine` outlives the controller. Sets its target at once.
-  void Attach(Engine* engine, std::vector<PricePoint> price_table);
+  void Attach(Engine* engine, PriceTables prices);
 
   // Reads stats, moves the target.
   void Tick();
@@ -117,6 +126,7 @@ class Controller {
   const PolicyWindow& WindowLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Override, else the window's target.
   void ChooseTargetLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void TrackLocked(const EngineStats& stats) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void ApplyLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void AverageLocked(TimePoint now, const EngineStats& stats) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
@@ -124,7 +134,7 @@ class Controller {
   const Clock& clock_;
   mutable Mutex mutex_;
   Engine* engine_ ABSL_GUARDED_BY(mutex_) = nullptr;
-  std::vector<PricePoint> price_table_ ABSL_GUARDED_BY(mutex_);
+  PriceTables prices_ ABSL_GUARDED_BY(mutex_);
   PolicyVersion policy_ ABSL_GUARDED_BY(mutex_);
   ScheduleClockState schedule_clock_ ABSL_GUARDED_BY(mutex_);
   // Of policy_, good from open_since_ until open_.until.
@@ -132,6 +142,7 @@ class Controller {
   absl::Time open_since_ ABSL_GUARDED_BY(mutex_);
   std::optional<ActiveOverride> override_ ABSL_GUARDED_BY(mutex_);
   BitsTrackerState tracker_ ABSL_GUARDED_BY(mutex_);
+  BitsTrackerState coherent_tracker_ ABSL_GUARDED_BY(mutex_);
   std::deque<Sample> samples_ ABSL_GUARDED_BY(mutex_);
   ControlStatus status_ ABSL_GUARDED_BY(mutex_);
 };

@@ -183,6 +183,8 @@ void Metrics::AddPrecision(const ControlStatus& control, Families& families) con
   series.Gauge("mobi_price", "Loss per byte below which a slice is not read.", control.price);
   series.Gauge("mobi_log_price_trim", "Correction of log(price) by the tracking loop.",
                control.log_price_trim);
+  series.Gauge("mobi_coherent_log_price_trim", "The same for decodes that share a level.",
+               control.coherent_log_price_trim);
   series.Gauge("mobi_precision_saturated", "1: the target is out of the tracking loop's reach.",
                control.saturated);
   series.Gauge("mobi_window_floor_bits", "Floor of the policy's window.",

@@ -27,11 +27,17 @@ std::string Shortened(std::string message) {
 }  // namespace
 
 absl::Status FieldError(const std::string& field, const std::string& reason) {
-  absl::Status status = absl::InvalidArgumentError(absl::StrCat(field, ": ", reason));
   google::rpc::BadRequest detail;
   auto& violation = *detail.add_field_violations();
   violation.set_field(field);
   violation.set_description(reason);
+  return BadRequestError(detail);
+}
+
+absl::Status BadRequestError(const google::rpc::BadRequest& detail) {
+  const auto& first = detail.field_violations(0);
+  absl::Status status =
+      absl::InvalidArgumentError(absl::StrCat(first.field(), ": ", first.description()));
   Attach(detail, status);
   return status;
 }

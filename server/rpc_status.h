@@ -17,6 +17,9 @@ namespace mobi {
 // INVALID_ARGUMENT "field: reason" with a BadRequest that names the field.
 absl::Status FieldError(const std::string& field, const std::string& reason);
 
+// The same for one or more violations; the message is the first one's.
+absl::Status BadRequestError(const google::rpc::BadRequest& detail);
+
 // FAILED_PRECONDITION "field: reason" with a PreconditionFailure of `type`.
 absl::Status PreconditionError(const std::string& type, const std::string& field,
                                const std::string& reason);

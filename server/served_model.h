@@ -6,15 +6,14 @@
 #include <memory>
 #include <optional>
 #include <string>
-#include <vector>
 
 #include "engine/chat_template.h"
-#include "engine/checkpoint.h"
 #include "engine/engine.h"
 #include "engine/model.h"
 #include "engine/model_config.h"
 #include "engine/tokenizer.h"
 #include "kernels/backend.h"
+#include "server/controller.h"
 
 namespace mobi {
 
@@ -25,7 +24,7 @@ struct ModelInfo {
   ModelConfig config;
   int64_t num_parameters = 0;
   bool elastic = false;
-  std::vector<PricePoint> price_table;  // empty when not elastic
+  PriceTables prices;  // empty when not elastic
   EngineOptions engine_options;
 };
 

@@ -37,6 +37,12 @@ void ServingState::StopDrain() {
   AnnounceLocked();
 }
 
+void ServingState::SetStopping() {
+  MutexLock lock(mutex_);
+  stopping_ = true;
+  AnnounceLocked();
+}
+
 bool ServingState::ready() const {
   MutexLock lock(mutex_);
   return ReadyLocked();
@@ -49,7 +55,7 @@ bool ServingState::failed() const {
 
 bool ServingState::draining() const {
   MutexLock lock(mutex_);
-  return drain_deadline_.has_value();
+  return stopping_ || drain_deadline_.has_value();
 }
 
 bool ServingState::DrainExpired(TimePoint now) const {
@@ -61,6 +67,7 @@ absl::StatusOr<const ServedModel*> ServingState::Admit() const {
   MutexLock lock(mutex_);
   if (failed_) return absl::UnavailableError("the device has failed; the server is stopping");
   if (model_ == nullptr) return absl::UnavailableError("the model is loading");
+  if (stopping_) return absl::UnavailableError("the server is stopping");
   if (drain_deadline_) return absl::UnavailableError("the server is draining");
   return model_;
 }
@@ -72,7 +79,7 @@ absl::StatusOr<const ServedModel*> ServingState::model() const {
 }
 
 bool ServingState::ReadyLocked() const {
-  return model_ != nullptr && !failed_ && !stalled_ && !drain_deadline_;
+  return model_ != nullptr && !failed_ && !stalled_ && !stopping_ && !drain_deadline_;
 }
 
 void ServingState::AnnounceLocked() {

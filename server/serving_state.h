@@ -29,6 +29,8 @@ class ServingState {
   // Refuses new requests; at `deadline` running ones should be ended. A second call moves it.
   void StartDrain(TimePoint deadline);
   void StopDrain();
+  // The process is about to end: refuses new requests for ever.
+  void SetStopping();
 
   bool ready() const;
   bool failed() const;
@@ -49,6 +51,7 @@ class ServingState {
   mutable Mutex mutex_;
   const ServedModel* model_ ABSL_GUARDED_BY(mutex_) = nullptr;
   bool failed_ ABSL_GUARDED_BY(mutex_) = false;
+  bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
   bool stalled_ ABSL_GUARDED_BY(mutex_) = false;
   std::optional<TimePoint> drain_deadline_ ABSL_GUARDED_BY(mutex_);
   bool announced_ ABSL_GUARDED_BY(mutex_) = false;

@@ -1,0 +1,40 @@
+// What the command-line clients share: a channel, statuses as one line for a person, and one
+// generation streamed to a callback. Blocking; one thread per call.
+#ifndef MOBI_SERVER_CLIENT_H_
+#define MOBI_SERVER_CLIENT_H_
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "engine/base/clock.h"
+#include "grpcpp/channel.h"
+#include "grpcpp/client_context.h"
+#include "mobi/v1/inference.grpc.pb.h"
+
+namespace mobi {
+
+// Connects lazily; messages up to 64 MiB are taken.
+std::shared_ptr<grpc::Channel> Connect(const std::string& address);
+
+// Zero: no deadline.
+void SetDeadline(Duration timeout, grpc::ClientContext& context);
+
+// "INVALID_ARGUMENT: sampling.top_p: 2 is out of range (0, 1]", and when to try again.
+std::string DescribeError(const absl::Status& status, const std::string& address);
+
+// Whether `service` ("" is the process) is SERVING by grpc.health.v1.
+absl::StatusOr<bool> CheckHealth(const std::string& address, const std::string& service,
+                                 Duration timeout);
+
+// Streams one generation to `on_message`; the summary is empty when the server sent none.
+absl::StatusOr<v1::Summary> Generate(
+    v1::Inference::StubInterface& stub, const v1::GenerateRequest& request, Duration timeout,
+    const std::function<void(const v1::GenerateResponse&)>& on_message);
+
+}  // namespace mobi
+
+#endif  // MOBI_SERVER_CLIENT_H_

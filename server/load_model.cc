@@ -1,0 +1,86 @@
+#include "server/load_model.h"
+
+#include <filesystem>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "engine/base/status_macros.h"
+
+namespace mobi {
+namespace {
+
+absl::StatusOr<std::unique_ptr<Backend>> CreateBackend(const LoadOptions& options) {
+  if (options.device == "cuda") return CreateCudaBackend({});
+  if (options.device == "auto") {
+    auto cuda = CreateCudaBackend({});
+    if (cuda.ok()) return cuda;
+  } else if (options.device != "cpu") {
+    return absl::InvalidArgumentError(
+        absl::StrCat("device: \"", options.device, "\" is none of auto, cpu and cuda"));
+  }
+  CpuOptions cpu;
+  cpu.num_threads = options.threads;
+  return CreateCpuBackend(cpu);
+}
+
+}  // namespace
+
+absl::StatusOr<OpenedModel> OpenModel(const LoadOptions& options) {
+  MOBI_ASSIGN_OR_RETURN(
+      Checkpoint checkpoint,
+      Checkpoint::Open(options.dir, {.verify_manifest = options.verify_manifest}));
+  MOBI_ASSIGN_OR_RETURN(auto tokenizer, Tokenizer::Load(options.dir));
+  if (tokenizer->vocab_size() > checkpoint.config().vocab_size) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(options.dir, "/tokenizer.json: ids up to ", tokenizer->vocab_size() - 1,
+                     ", but config.json has vocab_size ", checkpoint.config().vocab_size));
+  }
+  return OpenedModel{std::move(checkpoint), std::move(tokenizer)};
+}
+
+absl::StatusOr<std::unique_ptr<ServedModel>> LoadModel(
+    const LoadOptions& options, OpenedModel opened, const Clock& clock,
+    const std::function<void(int done, int total)>& progress) {
+  auto served = std::make_unique<ServedModel>();
+  MOBI_ASSIGN_OR_RETURN(served->backend, CreateBackend(options));
+  MOBI_ASSIGN_OR_RETURN(served->model, Model::Load(opened.checkpoint, *served->backend,
+                                                   options.engine.max_model_len, progress));
+  MOBI_ASSIGN_OR_RETURN(served->engine, Engine::Create(options.engine, *served->model,
+                                                       opened.checkpoint, *served->backend, clock));
+  served->tokenizer = std::move(opened.tokenizer);
+  // Models without a template, or with one that we do not know, serve text.
+  if (auto chat = ChatTemplate::Create(*served->tokenizer); chat.ok()) {
+    served->chat_template.emplace(*std::move(chat));
+  }
+  ModelInfo& info = served->info;
+  info.name = options.name.empty() ? ModelNameOf(options.dir) : options.name;
+  info.backend = std::string(served->backend->name());
+  info.device = served->backend->description();
+  info.config = opened.checkpoint.config();
+  info.num_parameters = NumParameters(info.config);
+  info.elastic = opened.checkpoint.quantized();
+  const auto token = opened.checkpoint.price_table();
+  const auto coherent = opened.checkpoint.coherent_price_table();
+  info.prices = {{token.begin(), token.end()}, {coherent.begin(), coherent.end()}};
+  info.engine_options = options.engine;
+  return served;
+}
+
+int64_t NumParameters(const ModelConfig& config) {
+  const int64_t hidden = config.hidden_size;
+  const int64_t attention = hidden * (2 * config.attention_size() + 2 * config.key_value_size());
+  const int64_t mlp = 3 * hidden * config.intermediate_size;
+  const int64_t embeddings = hidden * config.vocab_size * (config.tie_word_embeddings ? 1 : 2);
+  return embeddings + config.num_hidden_layers * (attention + mlp + 2 * hidden) + hidden;
+}
+
+std::string ModelNameOf(const std::string& dir) {
+  std::filesystem::path path = std::filesystem::path(dir).lexically_normal();
+  if (path.filename().empty()) path = path.parent_path();  // a trailing slash
+  const bool generic = path.filename() == "checkpoint" || path.filename() == "model";
+  if (generic && path.has_parent_path()) path = path.parent_path();
+  const std::string name = path.filename().string();
+  return name.empty() || name == "." || name == ".." ? "model" : name;
+}
+
+}  // namespace mobi

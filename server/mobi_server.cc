@@ -1,0 +1,136 @@
+#include "server/mobi_server.h"
+
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "engine/base/status_macros.h"
+#include "grpcpp/health_check_service_interface.h"
+#include "grpcpp/security/server_credentials.h"
+#include "grpcpp/server_builder.h"
+#include "server/transport.h"
+
+namespace mobi {
+namespace {
+
+// Clients that do not read may hold calls open; so long are they given to take their status.
+constexpr Duration kFarewell = std::chrono::seconds(3);
+
+absl::Status BindError(const std::string& what, const std::string& address) {
+  return absl::UnavailableError(
+      absl::StrCat(what, " address ", address, ": cannot be bound; is another server running?"));
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<MobiServer>> MobiServer::Start(const ServerOptions& options,
+                                                              const Policy& policy,
+                                                              const Clock& clock) {
+  MOBI_RETURN_IF_ERROR(CheckPolicy(policy));
+  std::unique_ptr<MobiServer> server(new MobiServer(options, policy, clock));
+  MOBI_RETURN_IF_ERROR(server->Listen());
+  return server;
+}
+
+MobiServer::MobiServer(const ServerOptions& options, const Policy& policy, const Clock& clock)
+    : options_(options),
+      clock_(clock),
+      state_([this](bool ready) { SetReadiness(ready); }),
+      controller_(options.controller, policy, clock),
+      metrics_(std::make_shared<Metrics>(Metrics::Sources{
+          .control = [this] { return controller_.status(); },
+          .ready = [this] { return state_.ready(); },
+          .active_calls = [this] { return registry_.size(); },
+      })),
+      inference_(CallServices{options_.request_limits, options_.stream_limits, state_, controller_,
+                              clock_, *metrics_, registry_, pump_, seeds_}),
+      precision_(PrecisionServices{controller_, state_, registry_, *metrics_, clock_,
+                                   options.drain_grace}),
+      last_progress_(clock.Now()) {}
+
+MobiServer::~MobiServer() {
+  housekeeping_task_.reset();
+  control_task_.reset();
+  state_.SetStopping();
+  StopServers();
+}
+
+absl::Status MobiServer::Listen() {
+  MOBI_RETURN_IF_ERROR(ListenData());
+  MOBI_RETURN_IF_ERROR(ListenAdmin());
+  if (!options_.metrics_listen.empty()) {
+    MOBI_ASSIGN_OR_RETURN(metrics_server_, MetricsServer::Start(options_.metrics_listen, metrics_));
+  }
+  SetReadiness(false);
+  control_task_ =
+      std::make_unique<PeriodicTask>(options_.controller.interval, [this] { controller_.Tick(); });
+  housekeeping_task_ =
+      std::make_unique<PeriodicTask>(options_.housekeeping_interval, [this] { Housekeep(); });
+  return absl::OkStatus();
+}
+
+absl::Status MobiServer::ListenData() {
+  grpc::ServerBuilder builder;
+  Harden(options_.transport_limits, PortKind::kData, builder);
+  builder.AddListeningPort(options_.listen, grpc::InsecureServerCredentials(), &data_port_);
+  builder.RegisterService(&inference_);
+  data_server_ = builder.BuildAndStart();
+  return data_server_ == nullptr ? BindError("data", options_.listen) : absl::OkStatus();
+}
+
+absl::Status MobiServer::ListenAdmin() {
+  grpc::ServerBuilder builder;
+  Harden(options_.transport_limits, PortKind::kAdmin, builder);
+  builder.AddListeningPort(options_.admin_listen, grpc::InsecureServerCredentials(), &admin_port_);
+  builder.RegisterService(&precision_);
+  admin_server_ = builder.BuildAndStart();
+  return admin_server_ == nullptr ? BindError("admin", options_.admin_listen) : absl::OkStatus();
+}
+
+void MobiServer::Serve(std::unique_ptr<ServedModel> model) {
+  model_ = std::move(model);
+  controller_.Attach(model_->engine.get(), model_->info.prices);
+  metrics_->SetModel(model_->info.name, model_->info.engine_options.block_size,
+                     model_->engine->stats().num_kv_blocks);
+  state_.SetLoaded(model_.get());
+}
+
+void MobiServer::Shutdown() {
+  state_.SetStopping();
+  registry_.WaitUntilEmpty(options_.drain_grace);
+  StopServers();
+}
+
+void MobiServer::StopServers() {
+  registry_.EndAll(absl::UnavailableError("the server is stopping"));
+  registry_.WaitUntilEmpty(kFarewell);
+  const auto deadline = std::chrono::system_clock::now() + std::chrono::seconds(1);
+  for (auto* server : {&data_server_, &admin_server_}) {
+    if (*server == nullptr) continue;
+    (*server)->Shutdown(deadline);
+    (*server)->Wait();
+    server->reset();
+  }
+}
+
+// "" says that the process lives, the service's name that it takes requests.
+void MobiServer::SetReadiness(bool ready) {
+  if (data_server_ == nullptr) return;
+  data_server_->GetHealthCheckService()->SetServingStatus(v1::Inference::service_full_name(),
+                                                          ready);
+}
+
+void MobiServer::Housekeep() {
+  const TimePoint now = clock_.Now();
+  registry_.SweepAll(now);
+  if (state_.DrainExpired(now)) registry_.EndAll(absl::UnavailableError("the server is draining"));
+  if (!state_.model().ok()) return;
+  const EngineStats stats = model_->engine->stats();
+  if (stats.failed) state_.SetFailed();
+  if (stats.steps != last_steps_ || stats.running_requests == 0) {
+    last_steps_ = stats.steps;
+    last_progress_ = now;
+  }
+  state_.SetStalled(now - last_progress_ > options_.stall_after);
+}
+
+}  // namespace mobi

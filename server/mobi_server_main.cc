@@ -1,0 +1,211 @@
+// mobi-server: serves one model over gRPC until it is told to stop.
+#include <signal.h>
+
+#include <cstdio>
+#include <filesystem>
+
+#include "absl/flags/flag.h"
+#include "absl/strings/str_format.h"
+#include "engine/base/clock.h"
+#include "engine/base/flags.h"
+#include "server/load_model.h"
+#include "server/mobi_server.h"
+#include "server/transport.h"
+#include "server/version.h"
+
+ABSL_FLAG(std::string, model, "", "Model folder: a MoBiQuant checkpoint, or a float Llama.");
+ABSL_FLAG(std::string, served_model_name, "", "Name that clients see; empty: the folder's.");
+ABSL_FLAG(bool, verify_manifest, true, "Compare every file with MANIFEST's SHA-256 first.");
+ABSL_FLAG(std::string, device, "cpu", "cpu, cuda or auto.");
+ABSL_FLAG(int, threads, 0, "CPU threads; 0: one per core.");
+ABSL_FLAG(std::string, listen, "0.0.0.0:50051", "Address for applications.");
+ABSL_FLAG(std::string, admin_listen, "127.0.0.1:50052", "Address for operators.");
+ABSL_FLAG(std::string, metrics_listen, "127.0.0.1:9400", "Address of /metrics.");
+ABSL_FLAG(float, target_bits, 8, "Average bits per weight to serve at, 2 to 8.");
+ABSL_FLAG(int, max_num_seqs, 64, "Sequences in one step.");
+ABSL_FLAG(int, max_num_batched_tokens, 512, "Tokens in one step; long prompts are cut to fit.");
+ABSL_FLAG(int, max_model_len, 0, "Context length; 0: the model's.");
+ABSL_FLAG(int, block_size, 16, "Tokens in one KV block.");
+ABSL_FLAG(int, kv_memory_mib, 256, "Memory for the KV cache.");
+ABSL_FLAG(bool, coherent_decode, false, "Decodes of a step share levels; for GPUs.");
+ABSL_FLAG(int, max_waiting_requests, 256, "Queue length; beyond it RESOURCE_EXHAUSTED.");
+ABSL_FLAG(int, max_waiting_tokens, 1 << 18, "Prompt tokens in the queue.");
+ABSL_FLAG(double, max_queue_wait_s, 10, "Longest wait in the queue.");
+ABSL_FLAG(double, drain_grace_s, 45, "Time for running requests after SIGTERM.");
+ABSL_FLAG(bool, version, false, "Print the version and exit.");
+
+namespace {
+
+using namespace mobi;
+
+constexpr char kUsage[] =
+    "mobi-server --model DIR [flags]\n"
+    "Serves a model over gRPC. Every flag may also be given as an environment variable, for "
+    "example\n"
+    "MOBI_TARGET_BITS=4. Stops on SIGTERM or SIGINT after running requests have ended.\n\n";
+
+int Fail(int code, const absl::Status& status) {
+  std::fprintf(stderr, "mobi-server: %s\n", std::string(status.message()).c_str());
+  return code;
+}
+
+Duration Seconds(double seconds) {
+  return std::chrono::duration_cast<Duration>(std::chrono::duration<double>(seconds));
+}
+
+LoadOptions LoadOptionsFromFlags() {
+  LoadOptions options;
+  options.dir = absl::GetFlag(FLAGS_model);
+  options.name = absl::GetFlag(FLAGS_served_model_name);
+  options.verify_manifest = absl::GetFlag(FLAGS_verify_manifest);
+  options.device = absl::GetFlag(FLAGS_device);
+  options.threads = absl::GetFlag(FLAGS_threads);
+  EngineOptions& engine = options.engine;
+  engine.max_num_seqs = absl::GetFlag(FLAGS_max_num_seqs);
+  engine.max_num_batched_tokens = absl::GetFlag(FLAGS_max_num_batched_tokens);
+  engine.max_model_len = absl::GetFlag(FLAGS_max_model_len);
+  engine.block_size = absl::GetFlag(FLAGS_block_size);
+  engine.kv_memory_bytes = size_t{1} << 20;
+  engine.kv_memory_bytes *= static_cast<size_t>(absl::GetFlag(FLAGS_kv_memory_mib));
+  engine.coherent_decode = absl::GetFlag(FLAGS_coherent_decode);
+  engine.max_waiting_requests = absl::GetFlag(FLAGS_max_waiting_requests);
+  engine.max_waiting_tokens = absl::GetFlag(FLAGS_max_waiting_tokens);
+  engine.max_queue_wait = Seconds(absl::GetFlag(FLAGS_max_queue_wait_s));
+  return options;
+}
+
+ServerOptions ServerOptionsFromFlags() {
+  ServerOptions options;
+  options.listen = absl::GetFlag(FLAGS_listen);
+  options.admin_listen = absl::GetFlag(FLAGS_admin_listen);
+  options.metrics_listen = absl::GetFlag(FLAGS_metrics_listen);
+  options.drain_grace = Seconds(absl::GetFlag(FLAGS_drain_grace_s));
+  return options;
+}
+
+// One line for the first flag out of range.
+absl::Status CheckFlags() {
+  if (absl::GetFlag(FLAGS_model).empty()) {
+    return absl::InvalidArgumentError("--model: needs a model folder, see --help");
+  }
+  const std::pair<const char*, double> positive[] = {
+      {"max_num_seqs", absl::GetFlag(FLAGS_max_num_seqs)},
+      {"max_num_batched_tokens", absl::GetFlag(FLAGS_max_num_batched_tokens)},
+      {"block_size", absl::GetFlag(FLAGS_block_size)},
+      {"kv_memory_mib", absl::GetFlag(FLAGS_kv_memory_mib)},
+      {"max_waiting_requests", absl::GetFlag(FLAGS_max_waiting_requests)},
+      {"max_waiting_tokens", absl::GetFlag(FLAGS_max_waiting_tokens)},
+      {"max_queue_wait_s", absl::GetFlag(FLAGS_max_queue_wait_s)},
+  };
+  for (const auto& [name, value] : positive) {
+    if (value > 0) continue;
+    return absl::InvalidArgumentError(absl::StrFormat("--%s: %g is not above 0", name, value));
+  }
+  for (const auto& [name, value] :
+       {std::pair{"threads", absl::GetFlag(FLAGS_threads)},
+        std::pair{"max_model_len", absl::GetFlag(FLAGS_max_model_len)}}) {
+    if (value >= 0) continue;
+    return absl::InvalidArgumentError(absl::StrFormat("--%s: %d is below 0", name, value));
+  }
+  if (!(absl::GetFlag(FLAGS_drain_grace_s) >= 0)) {
+    return absl::InvalidArgumentError("--drain_grace_s: is below 0");
+  }
+  const float bits = absl::GetFlag(FLAGS_target_bits);
+  if (!(bits >= kLowestBits && bits <= kHighestBits)) {
+    return absl::InvalidArgumentError(absl::StrFormat("--target_bits: %g is out of range [%g, %g]",
+                                                      bits, kLowestBits, kHighestBits));
+  }
+  return absl::OkStatus();
+}
+
+void Announce(const ServedModel& model, const ServerOptions& options, double seconds,
+              const std::string& program) {
+  const ModelInfo& info = model.info;
+  const EngineStats stats = model.engine->stats();
+  const std::string bits =
+      info.elastic ? absl::StrFormat("2 to 8 bits, serving at %g", absl::GetFlag(FLAGS_target_bits))
+                   : "float, one precision";
+  std::printf("model    %s: %.1fM parameters, %s, context %d, %s\n", info.name.c_str(),
+              static_cast<double>(info.num_parameters) * 1e-6, bits.c_str(),
+              model.engine->max_model_len(), model.chat_template ? "text and chat" : "text");
+  std::printf("device   %s: %s\n", info.backend.c_str(), info.device.c_str());
+  std::printf("memory   %.1f MiB weights, %d KV blocks of %d tokens\n",
+              static_cast<double>(model.model->weight_bytes()) / (1 << 20), stats.num_kv_blocks,
+              info.engine_options.block_size);
+  std::printf("ports    data %s, admin %s, metrics http://%s/metrics\n", options.listen.c_str(),
+              options.admin_listen.c_str(), options.metrics_listen.c_str());
+  const std::string mobictl = (std::filesystem::path(program).parent_path() / "mobictl").string();
+  std::printf("ready after %.1f s. In another terminal:\n", seconds);
+  std::printf("  %s generate \"Once upon a time\" --max-new-tokens 64\n", mobictl.c_str());
+  std::fflush(stdout);
+}
+
+// Waits for SIGTERM, SIGINT or a failed device.
+void WaitForTheEnd(const MobiServer& server, const sigset_t& signals) {
+  const timespec patience{.tv_sec = 0, .tv_nsec = 200'000'000};
+  while (!server.failed()) {
+    const int signal = sigtimedwait(&signals, nullptr, &patience);
+    if (signal == SIGTERM || signal == SIGINT) return;
+  }
+}
+
+int Serve(const std::string& program) {
+  if (auto status = CheckFlags(); !status.ok()) return Fail(kExitUsage, status);
+  // Before any thread exists, so that all of them inherit the mask.
+  sigset_t signals;
+  sigemptyset(&signals);
+  for (const int signal : {SIGTERM, SIGINT, SIGHUP}) sigaddset(&signals, signal);
+  pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+
+  const RealClock clock;
+  const TimePoint start = clock.Now();
+  const LoadOptions load = LoadOptionsFromFlags();
+  auto opened = OpenModel(load);
+  if (!opened.ok()) return Fail(kExitUsage, opened.status());
+
+  EnableTransportPlugins();
+  const ServerOptions options = ServerOptionsFromFlags();
+  auto server = MobiServer::Start(options, FixedPolicy(absl::GetFlag(FLAGS_target_bits)), clock);
+  if (!server.ok()) return Fail(kExitFailure, server.status());
+  std::printf("mobi-server %s loads %s\n", kServerVersion, load.dir.c_str());
+  std::fflush(stdout);
+  auto model = LoadModel(load, *std::move(opened), clock, [](int, int) {});
+  if (!model.ok()) {
+    return Fail(absl::IsInvalidArgument(model.status()) ? kExitUsage : kExitFailure,
+                model.status());
+  }
+  const ServedModel& served = **model;
+  (*server)->Serve(*std::move(model));
+  Announce(served, options, ToSeconds(clock.Now() - start), program);
+
+  WaitForTheEnd(**server, signals);
+  if ((*server)->failed()) return Fail(kExitFailure, absl::InternalError("the device has failed"));
+  std::printf("stopping, %d requests may take %g s; a second signal ends them\n",
+              (*server)->running_requests(), absl::GetFlag(FLAGS_drain_grace_s));
+  std::fflush(stdout);
+  // A second signal has its default effect.
+  sigdelset(&signals, SIGHUP);
+  pthread_sigmask(SIG_UNBLOCK, &signals, nullptr);
+  (*server)->Shutdown();
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (WantsHelp(argc, argv)) {
+    std::printf("%sFlags:\n%s", kUsage, FlagsHelp(__FILE__).c_str());
+    return 0;
+  }
+  const auto arguments = ParseFlags(argc, argv, __FILE__, "MOBI_");
+  if (!arguments.ok()) return Fail(kExitUsage, arguments.status());
+  if (absl::GetFlag(FLAGS_version)) {
+    std::printf("mobi-server %s\n", kServerVersion);
+    return 0;
+  }
+  if (!arguments->empty()) {
+    return Fail(kExitUsage,
+                absl::InvalidArgumentError("unexpected argument " + arguments->front()));
+  }
+  return Serve(argv[0]);
+}

@@ -1,0 +1,20 @@
+// gRPC servers hardened the same way: what arguments, quotas and plugins a port gets.
+#ifndef MOBI_SERVER_TRANSPORT_H_
+#define MOBI_SERVER_TRANSPORT_H_
+
+#include "grpcpp/server_builder.h"
+#include "server/limits.h"
+
+namespace mobi {
+
+enum class PortKind { kData, kAdmin };
+
+// Health and reflection on every port, channelz on the admin port only. Affects builders made
+// afterwards; call it once per process before the first of them.
+void EnableTransportPlugins();
+
+void Harden(const TransportLimits& limits, PortKind kind, grpc::ServerBuilder& builder);
+
+}  // namespace mobi
+
+#endif  // MOBI_SERVER_TRANSPORT_H_

@@ -1,0 +1,160 @@
+#include "tests/server/server_fixture.h"
+
+#include <gtest/gtest.h>
+
+#include <thread>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "grpcpp/create_channel.h"
+#include "grpcpp/security/credentials.h"
+#include "prometheus/text_serializer.h"
+#include "server/client.h"
+#include "server/load_model.h"
+#include "server/rpc_status.h"
+#include "server/transport.h"
+#include "tests/engine/test_models.h"
+
+namespace mobi {
+
+std::unique_ptr<Tokenizer> NewTestTokenizer() {
+  const TempDir dir;
+  EXPECT_TRUE(WriteTestModel(dir.Sub("float")).ok());
+  auto tokenizer = Tokenizer::Load(dir.Sub("float"));
+  EXPECT_TRUE(tokenizer.ok()) << tokenizer.status();
+  return *std::move(tokenizer);
+}
+
+const Tokenizer& TestTokenizer() {
+  static const auto& tokenizer = *NewTestTokenizer().release();
+  return tokenizer;
+}
+
+std::vector<int32_t> TokensOf(const std::string& text, bool bytes) {
+  const EncodeOptions plain{.add_special_tokens = false};
+  if (!bytes) return *TestTokenizer().Encode(text, plain);
+  std::vector<int32_t> ids;
+  for (const char byte : text) {
+    for (int32_t id = 0; id < 256; ++id) {  // the byte alphabet comes first
+      if (TestTokenizer().TokenBytes(id) == std::string_view(&byte, 1)) ids.push_back(id);
+    }
+  }
+  EXPECT_EQ(ids.size(), text.size());
+  return ids;
+}
+
+ScriptedEngine::Script Says(const std::string& text, bool bytes) {
+  return [tokens = TokensOf(text, bytes)](const GenerationRequest&, int) { return tokens; };
+}
+
+std::unique_ptr<ServedModel> ScriptedModel(ScriptedEngine::Options options) {
+  auto model = std::make_unique<ServedModel>();
+  model->tokenizer = NewTestTokenizer();
+  auto chat = ChatTemplate::Create(*model->tokenizer);
+  EXPECT_TRUE(chat.ok()) << chat.status();
+  model->chat_template.emplace(*std::move(chat));
+  model->info.name = "scripted";
+  model->info.backend = "scripted";
+  model->info.config.vocab_size = model->tokenizer->vocab_size();
+  model->info.config.eos_token_ids = {kScriptedEos};
+  model->info.elastic = true;
+  model->info.prices.token = {{2, 1e-3f}, {4, 1e-5f}, {6, 1e-7f}, {8, 1e-9f}};
+  model->engine = std::make_unique<ScriptedEngine>(std::move(options));
+  return model;
+}
+
+ServerOptions TestServerOptions() {
+  ServerOptions options;
+  options.listen = options.admin_listen = "127.0.0.1:0";
+  options.metrics_listen = "";  // its library takes two seconds to stop
+  options.drain_grace = std::chrono::seconds(5);
+  options.housekeeping_interval = std::chrono::milliseconds(20);
+  options.controller.interval = std::chrono::milliseconds(10);
+  return options;
+}
+
+TestServer::TestServer(ScriptedEngine::Options engine, const ServerOptions& options, bool load) {
+  [[maybe_unused]] static const bool once = (EnableTransportPlugins(), true);
+  model_ = ScriptedModel(std::move(engine));
+  engine_ = static_cast<ScriptedEngine*>(model_->engine.get());
+  auto server = MobiServer::Start(options, FixedPolicy(8), clock_);
+  if (!server.ok()) ADD_FAILURE() << server.status();
+  server_ = *std::move(server);
+  if (load) Load();
+}
+
+void TestServer::Load() { server_->Serve(std::move(model_)); }
+
+std::string TestServer::address() const { return absl::StrCat("127.0.0.1:", server_->data_port()); }
+
+std::string TestServer::admin_address() const {
+  return absl::StrCat("127.0.0.1:", server_->admin_port());
+}
+
+std::shared_ptr<grpc::Channel> TestServer::Channel() const {
+  grpc::ChannelArguments arguments;
+  arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
+  return grpc::CreateCustomChannel(address(), grpc::InsecureChannelCredentials(), arguments);
+}
+
+std::unique_ptr<v1::Precision::Stub> TestServer::Admin() const {
+  return v1::Precision::NewStub(Connect(admin_address()));
+}
+
+std::string TestServer::MetricsText() const {
+  return prometheus::TextSerializer().Serialize(server_->metrics().Collect());
+}
+
+Collected Collect(v1::Inference::Stub& stub, const v1::GenerateRequest& request,
+                  const ContextSetup& setup) {
+  grpc::ClientContext context;
+  if (setup) setup(context);
+  Collected result;
+  const size_t n = request.has_n() ? request.n() : 1;
+  result.text.resize(n);
+  result.token_ids.resize(n);
+  result.last_chunks.resize(n);
+  const auto reader = stub.Generate(&context, request);
+  v1::GenerateResponse message;
+  while (reader->Read(&message)) {
+    result.messages.push_back(message);
+    EXPECT_FALSE(result.has_summary) << "a message after the summary";
+    if (message.has_prompt()) {
+      EXPECT_EQ(result.messages.size(), 1u) << "the prompt is in the first message only";
+      result.prompt = message.prompt();
+      result.has_prompt = true;
+    }
+    for (const v1::Chunk& chunk : message.chunks()) {
+      EXPECT_EQ(result.last_chunks[chunk.index()].finish_reason(), v1::FINISH_REASON_UNSPECIFIED)
+          << "a chunk after the completion's last";
+      result.text[chunk.index()] += chunk.text();
+      auto& ids = result.token_ids[chunk.index()];
+      ids.insert(ids.end(), chunk.token_ids().begin(), chunk.token_ids().end());
+      result.last_chunks[chunk.index()] = chunk;
+    }
+    if (message.has_summary()) {
+      result.summary = message.summary();
+      result.has_summary = true;
+    }
+  }
+  result.status = FromGrpcStatus(reader->Finish());
+  return result;
+}
+
+v1::GenerateRequest TextRequest(const std::string& text, int max_new_tokens) {
+  v1::GenerateRequest request;
+  request.set_text(text);
+  request.set_max_new_tokens(max_new_tokens);
+  return request;
+}
+
+bool Eventually(const std::function<bool()>& condition) {
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(10);
+  while (std::chrono::steady_clock::now() < deadline) {
+    if (condition()) return true;
+    std::this_thread::sleep_for(std::chrono::milliseconds(2));
+  }
+  return condition();
+}
+
+}  // namespace mobi
