@@ -32,7 +32,6 @@ constexpr const char* kCopiedFiles[] = {"tokenizer.json",
                                         "LICENSE",
                                         "LICENSE.txt",
                                         "NOTICE"};
-constexpr uint64_t kMaxCopiedBytes = 256 << 20;
 // One tensor in a safetensors header, with room to spare.
 constexpr uint64_t kHeaderBytesPerTensor = 160;
 constexpr uint64_t kMaxHeaderBytes = kMaxSafetensorsHeaderBytes / 2;
@@ -210,7 +209,7 @@ absl::Status CheckpointWriter::NameShards() {
 
 absl::Status CheckpointWriter::CopySourceFiles() {
   for (const char* name : kCopiedFiles) {
-    const auto file = MappedFile::Open(source_.dir() + "/" + name, kMaxCopiedBytes);
+    const auto file = MappedFile::Open(source_.dir() + "/" + name, kMaxSideFileBytes);
     if (absl::IsNotFound(file.status())) continue;
     MOBI_RETURN_IF_ERROR(file.status());
     MOBI_RETURN_IF_ERROR(WriteFile(partial_dir_ + "/" + name, file->text()));

@@ -3,6 +3,7 @@
 #ifndef MOBI_ENGINE_MANIFEST_H_
 #define MOBI_ENGINE_MANIFEST_H_
 
+#include <cstdint>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -14,6 +15,8 @@
 namespace mobi {
 
 inline constexpr char kManifestName[] = "MANIFEST";
+// Tokenizer, configuration, licence.
+inline constexpr uint64_t kMaxSideFileBytes = 256 << 20;
 
 // True for a name that stays in its folder: not empty, no '/', not "." or "..".
 bool IsPlainFileName(std::string_view name);
@@ -22,9 +25,10 @@ bool IsPlainFileName(std::string_view name);
 absl::Status WriteManifest(const std::string& dir);
 
 // Compares DIR with DIR/MANIFEST, reading every file it names; returns their number. `files` are
-// names that must be among them. NOT_FOUND: no MANIFEST or a file of it is missing;
-// INVALID_ARGUMENT: a broken line, a name outside the folder, one of `files` not covered;
-// DATA_LOSS: a file does not match.
+// names that must be among them; of those, weights may have any size, and no other file may be
+// longer than kMaxSideFileBytes. NOT_FOUND: no MANIFEST or a file of it is missing;
+// INVALID_ARGUMENT: a broken line, a name outside the folder, one of `files` not covered, a file
+// too long; DATA_LOSS: a file does not match.
 absl::StatusOr<int> VerifyManifest(const std::string& dir, absl::Span<const std::string> files);
 
 }  // namespace mobi

@@ -42,8 +42,8 @@ struct HostTensor {
 // "[2, 3]".
 std::string ShapeString(absl::Span<const int64_t> shape);
 
-// Headers longer than this are refused: 50,000 tensors fit.
-inline constexpr uint64_t kMaxSafetensorsHeaderBytes = 8 << 20;
+// Headers longer than this are refused: 25,000 tensors fit.
+inline constexpr uint64_t kMaxSafetensorsHeaderBytes = 4 << 20;
 
 // Checks a whole file given as bytes and returns its tensors in the order of their offsets. `file`
 // is named in errors. INVALID_ARGUMENT: the header lies or is broken; UNIMPLEMENTED: a dtype that

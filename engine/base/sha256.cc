@@ -32,8 +32,8 @@ std::string Sha256::HexDigest() {
   return hex;
 }
 
-absl::StatusOr<std::string> Sha256OfFile(const std::string& path) {
-  MOBI_ASSIGN_OR_RETURN(const MappedFile file, MappedFile::Open(path));
+absl::StatusOr<std::string> Sha256OfFile(const std::string& path, uint64_t max_bytes) {
+  MOBI_ASSIGN_OR_RETURN(const MappedFile file, MappedFile::Open(path, max_bytes));
   Sha256 hash;
   hash.Update(file.bytes());
   return hash.HexDigest();

@@ -3,6 +3,8 @@
 #define MOBI_ENGINE_BASE_SHA256_H_
 
 #include <cstddef>
+#include <cstdint>
+#include <limits>
 #include <memory>
 #include <string>
 
@@ -29,7 +31,8 @@ class Sha256 {
 };
 
 // The digest of a file's contents, errors as MappedFile::Open's.
-absl::StatusOr<std::string> Sha256OfFile(const std::string& path);
+absl::StatusOr<std::string> Sha256OfFile(const std::string& path,
+                                         uint64_t max_bytes = std::numeric_limits<int64_t>::max());
 
 }  // namespace mobi
 

@@ -277,6 +277,10 @@ INSTANTIATE_TEST_SUITE_P(
         BadFolder{"shard empty",
                   [](const std::string& dir) { fs::resize_file(dir + kFirstShard, 0); },
                   {kFirstShard, "0 bytes is too short"}},
+        BadFolder{
+            "shard of 1 TB",
+            [](const std::string& dir) { fs::resize_file(dir + kFirstShard, uint64_t{1} << 40); },
+            {kFirstShard, "of which the tensors cover"}},
         BadFolder{"shard cut in the header",
                   [](const std::string& dir) { fs::resize_file(dir + kFirstShard, 100); },
                   {kFirstShard, "goes beyond the file of 100 bytes"}},
@@ -457,6 +461,14 @@ INSTANTIATE_TEST_SUITE_P(
                           Read(dir + "/MANIFEST") + std::string(64, '0') + "  config.json\n");
                   },
                   {"MANIFEST: line 6: the file is named twice"}},
+        BadFolder{"names a file of 1 TB",
+                  [](const std::string& dir) {
+                    Write(dir + "/huge", "");
+                    fs::resize_file(dir + "/huge", uint64_t{1} << 40);
+                    Write(dir + "/MANIFEST",
+                          Read(dir + "/MANIFEST") + std::string(64, '0') + "  huge\n");
+                  },
+                  {"huge: 1099511627776 bytes, the limit is"}},
         BadFolder{"short digest",
                   [](const std::string& dir) { Write(dir + "/MANIFEST", "abc  config.json\n"); },
                   {"MANIFEST: line 1: not a SHA-256"}},
