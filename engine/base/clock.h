@@ -1,5 +1,5 @@
-// Time as a dependency: everything that measures or waits takes a Clock, so tests run on a fake one.
-// Monotonic time for durations; wall time only where a policy speaks of hours of the day.
+// Time as a dependency: everything that measures or waits takes a Clock, so tests run on a fake
+// one. Monotonic time for durations; wall time only where a policy speaks of hours of the day.
 #ifndef MOBI_ENGINE_BASE_CLOCK_H_
 #define MOBI_ENGINE_BASE_CLOCK_H_
 

@@ -7,10 +7,10 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 
-#define MOBI_RETURN_IF_ERROR(expression)                      \
-  do {                                                        \
-    absl::Status mobi_status = (expression);                  \
-    if (!mobi_status.ok()) return mobi_status;                \
+#define MOBI_RETURN_IF_ERROR(expression)       \
+  do {                                         \
+    absl::Status mobi_status = (expression);   \
+    if (!mobi_status.ok()) return mobi_status; \
   } while (false)
 
 #define MOBI_CONCAT_INNER(a, b) a##b
