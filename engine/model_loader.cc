@@ -57,7 +57,7 @@ class ModelLoader {
     }
     for (int i = 0; i < config.num_hidden_layers; ++i) {
       MOBI_ASSIGN_OR_RETURN(DecoderLayer layer, LoadLayer(i));
-      model_->layers_.push_back(std::move(layer));
+      model_->layers_.push_back(layer);
       // The source is a mapping: let the copies land before the next layer's are read.
       MOBI_RETURN_IF_ERROR(backend_.Synchronize());
       if (progress) progress(i + 1, config.num_hidden_layers);
@@ -185,7 +185,7 @@ class ModelLoader {
       }
       MOBI_ASSIGN_OR_RETURN(SlicedTensors part,
                             source_.Sliced(linear.name, linear.rows, linear.cols));
-      parts.push_back(std::move(part));
+      parts.push_back(part);
       weight.rows += linear.rows;
       weight.segment_end[s] = weight.rows;
     }

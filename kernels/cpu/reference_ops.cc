@@ -311,6 +311,7 @@ void Route(Tensor x, const RoutedWeight& linear, const RoutingBatch& batch, uint
     const float* bytes = linear.router.bytes[s].data();
     uint8_t* chosen = levels + s * levels_stride;
     std::vector<const double*> of_segment;
+    of_segment.reserve(losses.size());
     for (const auto& token : losses) of_segment.push_back(&token[s * kNumLevels]);
     RouteSegment(of_segment, bytes, batch, chosen);
     int highest = 0;
