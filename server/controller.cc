@@ -36,15 +36,15 @@ float NatsPerBit(absl::Span<const PricePoint> price_table, float bits) {
   return std::max(static_cast<float>(fall / (high - low)), kLeast);
 }
 
-Controller::Controller(const ControllerOptions& options, const Policy& policy, const Clock& clock)
+LoadedPolicy PolicyFromFlags(float bits) {
+  const Policy policy = FixedPolicy(bits);
+  return {policy, FormatPolicy(policy), "flags"};
+}
+
+Controller::Controller(const ControllerOptions& options, LoadedPolicy policy, const Clock& clock)
     : options_(options), clock_(clock) {
-  policy_ = {.policy = std::make_shared<const Policy>(policy),
-             .yaml = FormatPolicy(policy),
-             .source = "flags",
-             .generation = 1,
-             .applied_at = clock.WallNow()};
   MutexLock lock(mutex_);
-  ChooseTargetLocked();
+  PutInForceLocked(std::move(policy));
 }
 
 void Controller::Attach(Engine* engine, PriceTables prices) {
@@ -71,23 +71,16 @@ PolicyVersion Controller::policy() const {
   return policy_;
 }
 
-absl::Status Controller::SetPolicy(const Policy& policy, std::string yaml, std::string source,
+absl::Status Controller::SetPolicy(LoadedPolicy policy,
                                    std::optional<uint64_t> expected_generation) {
-  if (auto status = CheckPolicy(policy); !status.ok()) return status;
+  if (auto status = CheckPolicy(policy.policy); !status.ok()) return status;
   MutexLock lock(mutex_);
   if (expected_generation && *expected_generation != policy_.generation) {
     return absl::AbortedError(
         absl::StrFormat("expected_generation: %d, but generation %d is in force",
                         *expected_generation, policy_.generation));
   }
-  policy_ = {.policy = std::make_shared<const Policy>(policy),
-             .yaml = std::move(yaml),
-             .source = std::move(source),
-             .generation = policy_.generation + 1,
-             .applied_at = clock_.WallNow()};
-  open_.reset();
-  ChooseTargetLocked();
-  ApplyLocked();
+  PutInForceLocked(std::move(policy));
   return absl::OkStatus();
 }
 
@@ -132,6 +125,17 @@ void Controller::ReportReload(const absl::Status& status) {
   ++(status.ok() ? reloads.applied : reloads.refused);
   if (status.ok()) reloads.last_applied = clock_.WallNow();
   reloads.last = status;
+}
+
+void Controller::PutInForceLocked(LoadedPolicy policy) {
+  policy_ = {.policy = std::make_shared<const Policy>(std::move(policy.policy)),
+             .yaml = std::move(policy.yaml),
+             .source = std::move(policy.source),
+             .generation = policy_.generation + 1,
+             .applied_at = clock_.WallNow()};
+  open_.reset();
+  ChooseTargetLocked();
+  ApplyLocked();
 }
 
 const PolicyWindow& Controller::WindowLocked() {

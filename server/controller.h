@@ -39,11 +39,21 @@ struct ControllerOptions {
   float below_floor_margin = 0.05f;  // bits under the floor that do not count as below it
 };
 
-// A policy in force and where it came from.
+// A policy and where it came from.
+struct LoadedPolicy {
+  Policy policy;
+  std::string yaml;
+  std::string source;  // "flags", "admin" or a path
+};
+
+// FixedPolicy(bits), from flags.
+LoadedPolicy PolicyFromFlags(float bits);
+
+// A policy in force.
 struct PolicyVersion {
   std::shared_ptr<const Policy> policy;
   std::string yaml;
-  std::string source;  // "flags", "admin" or a path
+  std::string source;
   uint64_t generation = 0;
   WallTime applied_at{};
 };
@@ -92,7 +102,7 @@ float NatsPerBit(absl::Span<const PricePoint> price_table, float bits);
 
 class Controller {
  public:
-  Controller(const ControllerOptions& options, const Policy& policy, const Clock& clock);
+  Controller(const ControllerOptions& options, LoadedPolicy policy, const Clock& clock);
 
   // `engine` outlives the controller. Sets its target at once.
   void Attach(Engine* engine, PriceTables prices);
@@ -102,8 +112,7 @@ class Controller {
 
   PolicyVersion policy() const;
   // INVALID_ARGUMENT: the policy is bad; ABORTED: `expected_generation` is not the one in force.
-  absl::Status SetPolicy(const Policy& policy, std::string yaml, std::string source,
-                         std::optional<uint64_t> expected_generation);
+  absl::Status SetPolicy(LoadedPolicy policy, std::optional<uint64_t> expected_generation);
   // Counts a reload of the policy file for metrics: OK, or why it was refused.
   void ReportReload(const absl::Status& status);
   // INVALID_ARGUMENT names the field. Takes effect before the engine's next step.
@@ -123,6 +132,7 @@ class Controller {
     WallTime until_wall;
   };
 
+  void PutInForceLocked(LoadedPolicy policy) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   const PolicyWindow& WindowLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Override, else the window's target.
   void ChooseTargetLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);

@@ -1,5 +1,6 @@
 #include "server/mobi_server.h"
 
+#include <cstdio>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -23,19 +24,19 @@ absl::Status BindError(const std::string& what, const std::string& address) {
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<MobiServer>> MobiServer::Start(const ServerOptions& options,
-                                                              const Policy& policy,
+                                                              LoadedPolicy policy,
                                                               const Clock& clock) {
-  MOBI_RETURN_IF_ERROR(CheckPolicy(policy));
-  std::unique_ptr<MobiServer> server(new MobiServer(options, policy, clock));
+  MOBI_RETURN_IF_ERROR(CheckPolicy(policy.policy));
+  std::unique_ptr<MobiServer> server(new MobiServer(options, std::move(policy), clock));
   MOBI_RETURN_IF_ERROR(server->Listen());
   return server;
 }
 
-MobiServer::MobiServer(const ServerOptions& options, const Policy& policy, const Clock& clock)
+MobiServer::MobiServer(const ServerOptions& options, LoadedPolicy policy, const Clock& clock)
     : options_(options),
       clock_(clock),
       state_([this](bool ready) { SetReadiness(ready); }),
-      controller_(options.controller, policy, clock),
+      controller_(options.controller, std::move(policy), clock),
       metrics_(std::make_shared<Metrics>(Metrics::Sources{
           .control = [this] { return controller_.status(); },
           .ready = [this] { return state_.ready(); },
@@ -48,10 +49,17 @@ MobiServer::MobiServer(const ServerOptions& options, const Policy& policy, const
       last_progress_(clock.Now()) {}
 
 MobiServer::~MobiServer() {
+  policy_file_.reset();
   housekeeping_task_.reset();
   control_task_.reset();
   state_.SetStopping();
-  StopServers();
+  EndCalls();
+  const auto deadline = std::chrono::system_clock::now() + std::chrono::seconds(1);
+  for (auto* server : {&data_server_, &admin_server_}) {
+    if (*server == nullptr) continue;
+    (*server)->Shutdown(deadline);
+    (*server)->Wait();
+  }
 }
 
 absl::Status MobiServer::Listen() {
@@ -94,22 +102,37 @@ void MobiServer::Serve(std::unique_ptr<ServedModel> model) {
   state_.SetLoaded(model_.get());
 }
 
-void MobiServer::Shutdown() {
-  state_.SetStopping();
-  registry_.WaitUntilEmpty(options_.drain_grace);
-  StopServers();
+absl::Status MobiServer::WatchPolicy(const std::string& path, const std::string& loaded_yaml) {
+  MOBI_ASSIGN_OR_RETURN(
+      policy_file_,
+      PolicyFile::Watch(
+          path, loaded_yaml, {},
+          [this, path](const PolicyText& text) {
+            return controller_.SetPolicy({text.policy, text.yaml, path}, std::nullopt);
+          },
+          [this](const absl::Status& status) {
+            controller_.ReportReload(status);
+            if (!status.ok()) {
+              std::fprintf(stderr, "policy not reloaded: %s\n",
+                           std::string(status.message()).c_str());
+            }
+          }));
+  return absl::OkStatus();
 }
 
-void MobiServer::StopServers() {
+void MobiServer::ReloadPolicy() {
+  if (policy_file_ != nullptr) policy_file_->Reload();
+}
+
+void MobiServer::Drain() {
+  state_.SetStopping();
+  registry_.WaitUntilEmpty(options_.drain_grace);
+  EndCalls();
+}
+
+void MobiServer::EndCalls() {
   registry_.EndAll(absl::UnavailableError("the server is stopping"));
   registry_.WaitUntilEmpty(kFarewell);
-  const auto deadline = std::chrono::system_clock::now() + std::chrono::seconds(1);
-  for (auto* server : {&data_server_, &admin_server_}) {
-    if (*server == nullptr) continue;
-    (*server)->Shutdown(deadline);
-    (*server)->Wait();
-    server->reset();
-  }
 }
 
 // "" says that the process lives, the service's name that it takes requests.

@@ -17,7 +17,7 @@
 #include "server/limits.h"
 #include "server/metrics.h"
 #include "server/periodic_task.h"
-#include "server/policy.h"
+#include "server/policy_file.h"
 #include "server/precision_service.h"
 #include "server/serving_state.h"
 #include "server/write_pump.h"
@@ -44,16 +44,21 @@ class MobiServer {
   // Binds the ports. UNAVAILABLE names the address that cannot be bound, INVALID_ARGUMENT a bad
   // policy. `clock` outlives the server.
   static absl::StatusOr<std::unique_ptr<MobiServer>> Start(const ServerOptions& options,
-                                                           const Policy& policy,
-                                                           const Clock& clock);
-  // Stops at once when Shutdown was not called.
+                                                           LoadedPolicy policy, const Clock& clock);
+  // Ends what still runs with UNAVAILABLE and closes the ports.
   ~MobiServer();
 
   // Takes requests from now on. Call once.
   void Serve(std::unique_ptr<ServedModel> model);
-  // Refuses new requests, lets running ones finish within the grace time, ends the rest with
-  // UNAVAILABLE, closes the ports. Blocks.
-  void Shutdown();
+  // Follows the policy file: changes of it, and ReloadPolicy, put it in force. `loaded_yaml` is
+  // what the server was started with.
+  absl::Status WatchPolicy(const std::string& path, const std::string& loaded_yaml);
+  void ReloadPolicy();
+  // For good: refuses new requests, lets running ones finish within the grace time, ends the rest
+  // with UNAVAILABLE. Blocks until none is left. The ports stay open and answer UNAVAILABLE; a
+  // process that exits now closes them, which late callers see as UNAVAILABLE too, while closing
+  // them through gRPC (as the destructor does) cancels the calls that come in that moment.
+  void Drain();
 
   // The device has failed; the process should stop and exit non-zero.
   bool failed() const { return state_.failed(); }
@@ -64,13 +69,13 @@ class MobiServer {
   Metrics& metrics() const { return *metrics_; }
 
  private:
-  MobiServer(const ServerOptions& options, const Policy& policy, const Clock& clock);
+  MobiServer(const ServerOptions& options, LoadedPolicy policy, const Clock& clock);
   absl::Status Listen();
   absl::Status ListenData();
   absl::Status ListenAdmin();
   void SetReadiness(bool ready);
   void Housekeep();
-  void StopServers();
+  void EndCalls();
 
   const ServerOptions options_;
   const Clock& clock_;
@@ -88,6 +93,7 @@ class MobiServer {
   std::unique_ptr<grpc::Server> data_server_;
   std::unique_ptr<grpc::Server> admin_server_;
   std::unique_ptr<MetricsServer> metrics_server_;
+  std::unique_ptr<PolicyFile> policy_file_;
   // Of Housekeep.
   uint64_t last_steps_ = 0;
   TimePoint last_progress_{};

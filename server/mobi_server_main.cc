@@ -2,12 +2,15 @@
 #include <signal.h>
 
 #include <cstdio>
+#include <cstdlib>
 #include <filesystem>
+#include <thread>
 
 #include "absl/flags/flag.h"
 #include "absl/strings/str_format.h"
 #include "engine/base/clock.h"
 #include "engine/base/flags.h"
+#include "engine/base/status_macros.h"
 #include "server/load_model.h"
 #include "server/mobi_server.h"
 #include "server/transport.h"
@@ -21,7 +24,8 @@ ABSL_FLAG(int, threads, 0, "CPU threads; 0: one per core.");
 ABSL_FLAG(std::string, listen, "0.0.0.0:50051", "Address for applications.");
 ABSL_FLAG(std::string, admin_listen, "127.0.0.1:50052", "Address for operators.");
 ABSL_FLAG(std::string, metrics_listen, "127.0.0.1:9400", "Address of /metrics.");
-ABSL_FLAG(float, target_bits, 8, "Average bits per weight to serve at, 2 to 8.");
+ABSL_FLAG(std::string, policy, "", "Policy file (YAML), followed while serving.");
+ABSL_FLAG(float, target_bits, 8, "Average bits per weight to serve at without a policy, 2 to 8.");
 ABSL_FLAG(int, max_num_seqs, 64, "Sequences in one step.");
 ABSL_FLAG(int, max_num_batched_tokens, 512, "Tokens in one step; long prompts are cut to fit.");
 ABSL_FLAG(int, max_model_len, 0, "Context length; 0: the model's.");
@@ -42,7 +46,11 @@ constexpr char kUsage[] =
     "mobi-server --model DIR [flags]\n"
     "Serves a model over gRPC. Every flag may also be given as an environment variable, for "
     "example\n"
-    "MOBI_TARGET_BITS=4. Stops on SIGTERM or SIGINT after running requests have ended.\n\n";
+    "MOBI_TARGET_BITS=4. Stops on SIGTERM or SIGINT after running requests have ended; SIGHUP\n"
+    "reloads the policy.\n\n";
+
+// So long the last statuses have to leave the machine.
+constexpr Duration kLastWords = std::chrono::milliseconds(50);
 
 int Fail(int code, const absl::Status& status) {
   std::fprintf(stderr, "mobi-server: %s\n", std::string(status.message()).c_str());
@@ -81,6 +89,13 @@ ServerOptions ServerOptionsFromFlags() {
   options.metrics_listen = absl::GetFlag(FLAGS_metrics_listen);
   options.drain_grace = Seconds(absl::GetFlag(FLAGS_drain_grace_s));
   return options;
+}
+
+absl::StatusOr<LoadedPolicy> PolicyOfFlags() {
+  const std::string path = absl::GetFlag(FLAGS_policy);
+  if (path.empty()) return PolicyFromFlags(absl::GetFlag(FLAGS_target_bits));
+  MOBI_ASSIGN_OR_RETURN(PolicyText text, ReadPolicyFile(path));
+  return LoadedPolicy{std::move(text.policy), std::move(text.yaml), path};
 }
 
 // One line for the first flag out of range.
@@ -141,11 +156,12 @@ void Announce(const ServedModel& model, const ServerOptions& options, double sec
 }
 
 // Waits for SIGTERM, SIGINT or a failed device.
-void WaitForTheEnd(const MobiServer& server, const sigset_t& signals) {
+void WaitForTheEnd(MobiServer& server, const sigset_t& signals) {
   const timespec patience{.tv_sec = 0, .tv_nsec = 200'000'000};
   while (!server.failed()) {
     const int signal = sigtimedwait(&signals, nullptr, &patience);
     if (signal == SIGTERM || signal == SIGINT) return;
+    if (signal == SIGHUP) server.ReloadPolicy();
   }
 }
 
@@ -160,13 +176,19 @@ int Serve(const std::string& program) {
   const RealClock clock;
   const TimePoint start = clock.Now();
   const LoadOptions load = LoadOptionsFromFlags();
+  auto policy = PolicyOfFlags();
+  if (!policy.ok()) return Fail(kExitUsage, policy.status());
   auto opened = OpenModel(load);
   if (!opened.ok()) return Fail(kExitUsage, opened.status());
 
   EnableTransportPlugins();
   const ServerOptions options = ServerOptionsFromFlags();
-  auto server = MobiServer::Start(options, FixedPolicy(absl::GetFlag(FLAGS_target_bits)), clock);
+  auto server = MobiServer::Start(options, *policy, clock);
   if (!server.ok()) return Fail(kExitFailure, server.status());
+  if (const std::string path = absl::GetFlag(FLAGS_policy); !path.empty()) {
+    auto status = (*server)->WatchPolicy(path, policy->yaml);
+    if (!status.ok()) return Fail(kExitFailure, status);
+  }
   std::printf("mobi-server %s loads %s\n", kServerVersion, load.dir.c_str());
   std::fflush(stdout);
   auto model = LoadModel(load, *std::move(opened), clock, [](int, int) {});
@@ -186,13 +208,16 @@ int Serve(const std::string& program) {
   // A second signal has its default effect.
   sigdelset(&signals, SIGHUP);
   pthread_sigmask(SIG_UNBLOCK, &signals, nullptr);
-  (*server)->Shutdown();
-  return 0;
+  (*server)->Drain();
+  std::this_thread::sleep_for(kLastWords);
+  // Without destructors: see MobiServer::Drain.
+  std::_Exit(0);
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
+  setenv("GRPC_VERBOSITY", "NONE", /*overwrite=*/0);  // its errors reach us as statuses
   if (WantsHelp(argc, argv)) {
     std::printf("%sFlags:\n%s", kUsage, FlagsHelp(__FILE__).c_str());
     return 0;

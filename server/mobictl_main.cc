@@ -4,23 +4,23 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
-#include <fstream>
 #include <iostream>
 #include <iterator>
-#include <sstream>
 #include <string_view>
 
 #include "absl/flags/flag.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
+#include "absl/time/clock.h"
 #include "absl/types/optional.h"
 #include "engine/base/flags.h"
 #include "engine/base/status_macros.h"
 #include "mobi/v1/precision.grpc.pb.h"
 #include "server/client.h"
 #include "server/ctl_print.h"
-#include "server/policy_yaml.h"
+#include "server/policy_file.h"
+#include "server/policy_windows.h"
 #include "server/rpc_status.h"
 
 template <typename T>
@@ -237,11 +237,9 @@ absl::Status RunBits(const Arguments& arguments) {
   return absl::OkStatus();
 }
 
-absl::StatusOr<std::string> ReadFile(const std::string& path) {
-  std::ifstream file(path);
-  std::stringstream text;
-  if (!file || !(text << file.rdbuf())) return UsageError(path + ": cannot be read");
-  return text.str();
+// What a file of ours fails with is the user's to mend, whatever the code.
+absl::Status AsUsageError(const absl::Status& status) {
+  return absl::InvalidArgumentError(status.message());
 }
 
 absl::Status RunPolicy(const Arguments& arguments) {
@@ -250,14 +248,16 @@ absl::Status RunPolicy(const Arguments& arguments) {
     MOBI_RETURN_IF_ERROR(
         CallAdmin(&v1::Precision::Stub::GetPolicy, v1::GetPolicyRequest(), policy));
   } else if (arguments.size() == 2 && (arguments[0] == "set" || arguments[0] == "check")) {
-    MOBI_ASSIGN_OR_RETURN(const std::string yaml, ReadFile(arguments[1]));
-    MOBI_RETURN_IF_ERROR(ParsePolicy(yaml, arguments[1]).status());
     if (arguments[0] == "check") {
-      std::printf("%s: fine\n", arguments[1].c_str());
+      const auto report = CheckPolicyFile(arguments[1], absl::Now());
+      if (!report.ok()) return AsUsageError(report.status());
+      std::printf("%s", report->c_str());
       return absl::OkStatus();
     }
+    const auto text = ReadPolicyFile(arguments[1]);
+    if (!text.ok()) return AsUsageError(text.status());
     v1::SetPolicyRequest request;
-    request.set_yaml(yaml);
+    request.set_yaml(text->yaml);
     MOBI_RETURN_IF_ERROR(CallAdmin(&v1::Precision::Stub::SetPolicy, request, policy));
   } else {
     return UsageError("policy: takes nothing, set FILE or check FILE");
@@ -315,6 +315,7 @@ int Fail(int code, const std::string& message) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  setenv("GRPC_VERBOSITY", "NONE", /*overwrite=*/0);  // its errors reach us as statuses
   if (WantsHelp(argc, argv)) {
     std::printf("%sFlags:\n%s", kUsage, FlagsHelp(__FILE__).c_str());
     return 0;

@@ -157,7 +157,7 @@ absl::Status PrecisionService::DoSetPolicy(const v1::SetPolicyRequest& request) 
   const std::optional<uint64_t> expected = request.has_expected_generation()
                                                ? std::optional(request.expected_generation())
                                                : std::nullopt;
-  return services_.controller.SetPolicy(*policy, request.yaml(), "admin", expected);
+  return services_.controller.SetPolicy({*policy, request.yaml(), "admin"}, expected);
 }
 
 absl::Status PrecisionService::DoOverride(const v1::OverrideRequest& request) {

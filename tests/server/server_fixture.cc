@@ -77,7 +77,7 @@ TestServer::TestServer(ScriptedEngine::Options engine, const ServerOptions& opti
   [[maybe_unused]] static const bool once = (EnableTransportPlugins(), true);
   model_ = ScriptedModel(std::move(engine));
   engine_ = static_cast<ScriptedEngine*>(model_->engine.get());
-  auto server = MobiServer::Start(options, FixedPolicy(8), clock_);
+  auto server = MobiServer::Start(options, PolicyFromFlags(8), clock_);
   if (!server.ok()) ADD_FAILURE() << server.status();
   server_ = *std::move(server);
   if (load) Load();
