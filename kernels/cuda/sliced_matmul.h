@@ -21,7 +21,7 @@ namespace mobi::cuda {
 // generated tokens kDecode), never by the size of the batch.
 enum class SlicedMatmulPath : uint8_t {
   kDecode,   // any number of tokens; made for 1 to about 128, where reading weights is the cost
-  kPrefill,  // any number of tokens; made for 256 and more. kDecode before compute capability 9.0
+  kPrefill,  // any number of tokens; made for 256 and more. kDecode except on 9.0
 };
 
 struct SlicedMatmulLaunch {

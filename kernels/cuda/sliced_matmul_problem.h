@@ -1,0 +1,45 @@
+// What the sliced matmul kernels are told: shapes and pointers, by value in constant memory. Made
+// by sliced_matmul.cu from the arguments of LaunchSlicedMatmul; read by the kernels of both paths.
+#ifndef MOBI_KERNELS_CUDA_SLICED_MATMUL_PROBLEM_H_
+#define MOBI_KERNELS_CUDA_SLICED_MATMUL_PROBLEM_H_
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "kernels/cuda/sliced_matmul.h"
+#include "kernels/sliced_weight.h"
+
+namespace mobi::cuda {
+
+struct SlicedProblem {
+  const uint4* slices[kNumSlices];  // 32 per tile of 16 x 128
+  const uint4* scales[kNumLevels];  // 4 per tile
+  int rows = 0;
+  int groups = 0;  // columns / kGroupSize
+  int num_segments = 0;
+  int segment_tiles[kMaxSegments] = {};  // row tiles up to the end of each segment; all, beyond
+
+  const uint16_t* x = nullptr;
+  int64_t x_stride = 0;
+  int num_tokens = 0;
+  const uint8_t* levels = nullptr;
+  int64_t levels_stride = 0;
+
+  void* out = nullptr;
+  int64_t out_stride = 0;
+  DType out_type = DType::kF16;
+};
+
+// Enqueue one path; the arguments are checked already.
+cudaError_t LaunchSlicedDecode(const SlicedMatmulLaunch& launch, const SlicedProblem& problem,
+                               DType x_type);
+cudaError_t LaunchSlicedPrefill(const SlicedMatmulLaunch& launch, const SlicedProblem& problem,
+                                DType x_type);
+
+size_t SlicedDecodeWorkspaceBytes(int compute_capability, int64_t max_rows, int64_t max_tokens);
+size_t SlicedPrefillWorkspaceBytes(int compute_capability, int64_t max_rows, int64_t max_tokens);
+
+}  // namespace mobi::cuda
+
+#endif  // MOBI_KERNELS_CUDA_SLICED_MATMUL_PROBLEM_H_
