@@ -1,0 +1,84 @@
+#include <algorithm>
+
+#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/ops.h"
+
+namespace mobi::cuda {
+namespace {
+
+constexpr int kMaxThreads = 512;
+constexpr int kChunks = kMaxNormColumns / (kMaxThreads * 8);
+
+struct RmsNormParams {
+  void* residual;
+  int64_t residual_stride;
+  const void* delta;  // null: the residual is only read
+  int64_t delta_stride;
+  const float* weight;
+  void* out;
+  int64_t out_stride;
+  int64_t cols;
+  float eps;
+  bool vector;
+};
+
+// One block per token, its row in registers between the sum and the scaling. The residual is
+// rounded to T before it is squared, as the next layer will read it.
+template <typename T>
+__global__ void __launch_bounds__(kMaxThreads) RmsNormKernel(RmsNormParams p) {
+  __shared__ float warp_sums[kMaxThreads / 32];
+  AllowNext();
+  T* residual = static_cast<T*>(p.residual) + blockIdx.x * p.residual_stride;
+  const T* delta = static_cast<const T*>(p.delta) + blockIdx.x * p.delta_stride;
+  T* out = static_cast<T*>(p.out) + blockIdx.x * p.out_stride;
+  float x[kChunks][8];
+  WaitForPrevious();
+  float squares = 0;
+#pragma unroll
+  for (int i = 0; i < kChunks; ++i) {
+    const int64_t col = (static_cast<int64_t>(i) * blockDim.x + threadIdx.x) * 8;
+    const int64_t valid = p.cols - col;
+    if (valid <= 0) break;
+    Load8(residual + col, valid, p.vector, x[i]);
+    if (p.delta != nullptr) {
+      float add[8];
+      Load8(delta + col, valid, p.vector, add);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) x[i][j] = ToFloat(FromFloat<T>(x[i][j] + add[j]));
+      Store8(residual + col, valid, p.vector, x[i]);
+    }
+#pragma unroll
+    for (int j = 0; j < 8; ++j) squares = fmaf(x[i][j], x[i][j], squares);
+  }
+  const float mean = BlockSum(squares, warp_sums) / static_cast<float>(p.cols);
+  const float scale = rsqrtf(mean + p.eps);
+#pragma unroll
+  for (int i = 0; i < kChunks; ++i) {
+    const int64_t col = (static_cast<int64_t>(i) * blockDim.x + threadIdx.x) * 8;
+    const int64_t valid = p.cols - col;
+    if (valid <= 0) break;
+    float weight[8];
+    Load8(p.weight + col, valid, p.vector, weight);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) x[i][j] *= scale * weight[j];
+    Store8(out + col, valid, p.vector, x[i]);
+  }
+}
+
+}  // namespace
+
+cudaError_t LaunchRmsNorm(const LaunchContext& context, Tensor residual, Tensor delta,
+                          Tensor weight, float eps, Tensor out) {
+  const bool vector = Vectorizable(residual) && Vectorizable(weight) && Vectorizable(out) &&
+                      (delta.data == nullptr || Vectorizable(delta));
+  const RmsNormParams params{
+      residual.data, residual.stride, delta.data, delta.stride, weight.Row<float>(0),
+      out.data,      out.stride,      out.cols,   eps,          vector};
+  const uint32_t threads = std::min<uint32_t>(kMaxThreads, CeilDiv(out.cols, 8 * 32) * 32);
+  return WithActivation(out.dtype, [&](auto element) {
+    return Launch(context, RmsNormKernel<decltype(element)>, static_cast<uint32_t>(out.rows),
+                  threads, 0, params);
+  });
+}
+
+}  // namespace mobi::cuda
