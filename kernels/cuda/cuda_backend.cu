@@ -1,0 +1,423 @@
+// The CUDA backend: memory, one stream, one scratch area, and the checks before each op's launch.
+#include <cublas_v2.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <string>
+#include <thread>
+#include <utility>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "kernels/backend.h"
+#include "kernels/cuda/cuda_device.h"
+#include "kernels/cuda/fault.h"
+#include "kernels/cuda/ops.h"
+#include "kernels/cuda/sliced_matmul.h"
+#include "kernels/cuda/staging.h"
+#include "kernels/cuda/step_graphs.h"
+
+namespace mobi {
+namespace {
+
+using cuda::DeviceInfo;
+
+constexpr size_t kScratchBytes = size_t{256} << 20;
+constexpr int kNumCounters = 65536;
+// cuBLAS's own advice for Hopper; it must not allocate during a step.
+constexpr size_t kCublasWorkspaceBytes = size_t{32} << 20;
+// Products of a float model with more tokens than this go to cuBLAS.
+constexpr int64_t kOwnDenseTokens = 64;
+
+std::string MiB(size_t bytes) {
+  return absl::StrFormat("%.1f MiB", static_cast<double>(bytes) / 1048576.0);
+}
+
+bool Is16Bit(DType dtype) { return dtype == DType::kF16 || dtype == DType::kBF16; }
+
+class CudaBackend final : public Backend {
+ public:
+  CudaBackend(DeviceInfo device, DType activation) : device_(device), activation_(activation) {}
+  ~CudaBackend() override;
+
+  absl::Status Initialize();
+
+  std::string_view name() const override { return "cuda"; }
+  std::string description() const override;
+  DType activation_dtype() const override { return activation_; }
+  MemoryInfo memory() const override;
+
+  absl::StatusOr<Buffer> Allocate(size_t bytes, std::string_view what) override;
+  void Upload(const void* host, size_t bytes, void* device) override;
+  void Download(const void* device, size_t bytes, void* host) override;
+  void Zero(void* device, size_t bytes) override;
+  absl::Status Synchronize() override;
+
+  int PaddedDecodes(int num_decodes) const override;
+  void RunStep(const StepKey& key, absl::FunctionRef<void()> body) override;
+
+  void Embed(Tensor table, const int32_t* ids, Tensor out) override;
+  void RmsNorm(Tensor x, Tensor weight, float eps, Tensor out) override;
+  void AddRmsNorm(Tensor delta, Tensor weight, float eps, Tensor residual, Tensor out) override;
+  void Route(Tensor x, const RoutedWeight& linear, const RoutingBatch& batch, uint8_t* levels,
+             int64_t levels_stride) override;
+  void SlicedMatmul(Tensor x, const SlicedWeight& weight, const uint8_t* levels,
+                    int64_t levels_stride, Tensor out) override;
+  void DenseMatmul(Tensor x, Tensor weight, Tensor out) override;
+  void RopeAndWriteKv(Tensor qkv, const RopeTable& rope, const int32_t* positions,
+                      const int32_t* slots, const AttentionShape& shape, KvLayer kv) override;
+  void Attention(Tensor q, const KvLayer& kv, const AttentionBatch& batch,
+                 const AttentionShape& shape, Tensor out) override;
+  void SwiGlu(Tensor gate_up, Tensor out) override;
+  void GatherRows(Tensor x, const int32_t* rows, Tensor out) override;
+  void Sample(Tensor logits, const SamplingBatch& batch, Sampled* out) override;
+  void TokenLogprobs(Tensor logits, const int32_t* ids, float* out) override;
+  void MostLikely(Tensor logits, const int32_t* rows, int num_rows, int count,
+                  TopLogprobs* out) override;
+
+ private:
+  // An op that waits for the next one, which may be able to do both in one kernel.
+  struct PendingRope {
+    Tensor qkv;
+    RopeTable rope;
+    const int32_t* positions;
+    const int32_t* slots;
+    AttentionShape shape;
+    KvLayer kv;
+  };
+  struct PendingInput {
+    cuda::RouteSource source;
+    Tensor x;
+  };
+
+  // Before any CUDA call: false once the device has failed. The current device belongs to the
+  // calling thread, and a backend may change threads between start and first step.
+  bool Enter();
+  // The same, and what is pending is launched. Every public method begins with one of the two.
+  bool EnterAlone();
+  void Launch(const PendingInput& pending);
+  bool IsActivation(const Tensor& t) const { return t.dtype == activation_; }
+  void CublasMatmul(const Tensor& x, const Tensor& weight, const Tensor& out);
+  void Free(void* data) override;
+
+  const DeviceInfo device_;
+  const DType activation_;
+  cuda::Fault fault_;
+  std::thread::id thread_;
+  cudaStream_t stream_ = nullptr;
+  cuda::LaunchContext context_;
+  std::unique_ptr<cuda::Staging> staging_;
+  std::unique_ptr<cuda::StepGraphs> graphs_;
+  std::optional<PendingInput> pending_input_;  // at most one of the two is set
+  std::optional<PendingRope> pending_rope_;
+  cublasHandle_t cublas_ = nullptr;  // made by the first op that needs it: float models only
+  void* cublas_workspace_ = nullptr;
+};
+
+CudaBackend::~CudaBackend() {
+  cudaSetDevice(device_.device);
+  if (stream_ != nullptr) cudaStreamSynchronize(stream_);
+  graphs_.reset();
+  staging_.reset();
+  if (cublas_ != nullptr) cublasDestroy(cublas_);
+  cudaFree(cublas_workspace_);
+  cudaFree(context_.counters);
+  cudaFree(context_.scratch);
+  if (stream_ != nullptr) cudaStreamDestroy(stream_);
+}
+
+absl::Status CudaBackend::Initialize() {
+  thread_ = std::this_thread::get_id();
+  if (!fault_.Check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "stream")) {
+    return fault_.status();
+  }
+  staging_ = std::make_unique<cuda::Staging>();
+  graphs_ = std::make_unique<cuda::StepGraphs>();
+  if (!fault_.Check(staging_->Create(stream_), "pinned host memory")) return fault_.status();
+  const size_t counter_bytes = kNumCounters * sizeof(uint32_t);
+  if (cudaMalloc(&context_.scratch, kScratchBytes) != cudaSuccess ||
+      cudaMalloc(&context_.counters, counter_bytes) != cudaSuccess) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("the CUDA backend's scratch needs ", MiB(kScratchBytes + counter_bytes), ", ",
+                     MiB(memory().free), " are free on ", device_.name));
+  }
+  fault_.Check(cudaMemsetAsync(context_.counters, 0, counter_bytes, stream_), "counters");
+  context_.stream = stream_;
+  context_.num_sms = device_.num_sms;
+  context_.dependent_launch = context_.clusters = device_.compute_capability >= 90;
+  context_.scratch_bytes = kScratchBytes;
+  context_.num_counters = kNumCounters;
+  return Synchronize();
+}
+
+std::string CudaBackend::description() const {
+  return absl::StrFormat(
+      "CUDA device %d: %s, compute capability %d.%d, %d multiprocessors, %s, CUDA %d.%d, %s",
+      device_.device, device_.name, device_.compute_capability / 10,
+      device_.compute_capability % 10, device_.num_sms, MiB(device_.total_memory),
+      device_.runtime_version / 1000, device_.runtime_version % 1000 / 10,
+      activation_ == DType::kF16 ? "F16" : "BF16");
+}
+
+MemoryInfo CudaBackend::memory() const {
+  MemoryInfo info;
+  cudaSetDevice(device_.device);
+  if (cudaMemGetInfo(&info.free, &info.total) != cudaSuccess) return {};
+  return info;
+}
+
+bool CudaBackend::Enter() {
+  if (!fault_.ok()) return false;
+  if (thread_ == std::this_thread::get_id()) return true;
+  thread_ = std::this_thread::get_id();
+  return fault_.Check(cudaSetDevice(device_.device), "set device");
+}
+
+void CudaBackend::Launch(const PendingInput& pending) {
+  const cuda::RouteSource& source = pending.source;
+  if (source.input == cuda::RouteInput::kSwiGlu) {
+    fault_.Check(cuda::LaunchSwiGlu(context_, source.source, pending.x), "SwiGlu");
+  } else {
+    fault_.Check(cuda::LaunchRmsNorm(context_, source.source, source.delta, source.norm_weight,
+                                     source.eps, pending.x),
+                 "RmsNorm");
+  }
+}
+
+bool CudaBackend::EnterAlone() {
+  if (!Enter()) return false;
+  if (const auto input = std::exchange(pending_input_, std::nullopt)) Launch(*input);
+  if (const auto rope = std::exchange(pending_rope_, std::nullopt)) {
+    fault_.Check(cuda::LaunchRope(context_, rope->qkv, rope->rope, rope->positions, rope->slots,
+                                  rope->shape, rope->kv),
+                 "RopeAndWriteKv");
+  }
+  return fault_.ok();
+}
+
+absl::StatusOr<Buffer> CudaBackend::Allocate(size_t bytes, std::string_view what) {
+  if (!Enter()) return fault_.status();
+  void* data = nullptr;
+  const cudaError_t error = cudaMalloc(&data, std::max<size_t>(bytes, 1));
+  if (error == cudaErrorMemoryAllocation) {
+    cudaGetLastError();  // it is not sticky and is reported here
+    const MemoryInfo info = memory();
+    return absl::ResourceExhaustedError(absl::StrCat(
+        std::string(what), " needs ", bytes, " bytes (", MiB(bytes), "); ", info.free, " bytes (",
+        MiB(info.free), ") of ", MiB(info.total), " are free on ", device_.name));
+  }
+  if (!fault_.Check(error, "cudaMalloc")) return fault_.status();
+  return Buffer(this, data, bytes);
+}
+
+void CudaBackend::Free(void* data) {
+  EnterAlone();
+  cudaSetDevice(device_.device);
+  cudaFree(data);  // waits for the device; after a fault its error is the fault's
+}
+
+void CudaBackend::Upload(const void* host, size_t bytes, void* device) {
+  if (!EnterAlone() || !fault_.Require(!graphs_->capturing(), "Upload inside a step")) return;
+  fault_.Check(staging_->Upload(host, bytes, device), "upload");
+}
+
+void CudaBackend::Download(const void* device, size_t bytes, void* host) {
+  if (!EnterAlone() || !fault_.Require(!graphs_->capturing(), "Download inside a step")) return;
+  fault_.Check(staging_->Download(device, bytes, host), "download");
+}
+
+void CudaBackend::Zero(void* device, size_t bytes) {
+  if (!EnterAlone() || bytes == 0) return;
+  fault_.Check(cudaMemsetAsync(device, 0, bytes, stream_), "zero");
+}
+
+absl::Status CudaBackend::Synchronize() {
+  if (!EnterAlone()) return fault_.status();
+  if (fault_.Check(cudaStreamSynchronize(stream_), "synchronize")) staging_->Finish();
+  return fault_.status();
+}
+
+// Powers of two, then steps of 8 and 16: at most a third of a step's rows are padding.
+int CudaBackend::PaddedDecodes(int num_decodes) const {
+  int padded = 1;
+  while (padded < num_decodes) padded += padded < 8 ? padded : padded < 64 ? 8 : 16;
+  return padded;
+}
+
+void CudaBackend::RunStep(const StepKey& key, absl::FunctionRef<void()> body) {
+  if (!EnterAlone()) return;
+  if (!key.decode_only) return body();
+  fault_.Check(graphs_->Run(key, stream_,
+                            [&] {
+                              body();
+                              EnterAlone();
+                            }),
+               "step");
+}
+
+void CudaBackend::Embed(Tensor table, const int32_t* ids, Tensor out) {
+  if (!EnterAlone() || out.rows == 0) return;
+  fault_.Check(cuda::LaunchGather(context_, table, ids, out), "Embed");
+}
+
+void CudaBackend::GatherRows(Tensor x, const int32_t* rows, Tensor out) {
+  if (!EnterAlone() || out.rows == 0) return;
+  fault_.Check(cuda::LaunchGather(context_, x, rows, out), "GatherRows");
+}
+
+void CudaBackend::RmsNorm(Tensor x, Tensor weight, float eps, Tensor out) {
+  AddRmsNorm(Tensor{}, weight, eps, x, out);
+}
+
+void CudaBackend::AddRmsNorm(Tensor delta, Tensor weight, float eps, Tensor residual, Tensor out) {
+  if (!EnterAlone() || out.rows == 0) return;
+  if (!fault_.Require(IsActivation(residual) && IsActivation(out) && weight.dtype == DType::kF32 &&
+                          out.cols <= cuda::kMaxNormColumns,
+                      "RmsNorm: types or more than 16384 columns")) {
+    return;
+  }
+  pending_input_ = {{cuda::RouteInput::kNorm, residual, delta, weight, eps}, out};
+}
+
+void CudaBackend::Route(Tensor x, const RoutedWeight& linear, const RoutingBatch& batch,
+                        uint8_t* levels, int64_t levels_stride) {
+  cuda::RouteSource source;
+  if (pending_input_.has_value() && pending_input_->x.data == x.data &&
+      pending_input_->x.rows == batch.num_tokens && pending_input_->x.stride == x.stride &&
+      cuda::CanFuseRoute(context_, pending_input_->source, x, linear)) {
+    source = pending_input_->source;
+    pending_input_.reset();
+  }
+  if (!EnterAlone() || batch.num_tokens == 0) return;
+  const Router& router = linear.router;
+  if (!fault_.Require(IsActivation(x) && router.w1.dtype == DType::kF16 && router.num_hidden >= 1 &&
+                          router.num_hidden <= cuda::kMaxRouterHidden &&
+                          linear.weight.cols % kGroupSize == 0 && x.stride % 8 == 0,
+                      "Route: types, more than 64 hidden units, or columns not whole groups")) {
+    return;
+  }
+  fault_.Check(cuda::LaunchRoute(context_, source, x, linear, batch, levels, levels_stride),
+               "Route");
+}
+
+void CudaBackend::SlicedMatmul(Tensor x, const SlicedWeight& weight, const uint8_t* levels,
+                               int64_t levels_stride, Tensor out) {
+  if (!EnterAlone() || out.rows == 0) return;
+  cuda::SlicedMatmulLaunch launch;
+  launch.stream = stream_;
+  launch.num_sms = device_.num_sms;
+  launch.compute_capability = device_.compute_capability;
+  launch.pdl = context_.dependent_launch;
+  launch.workspace = context_.scratch;
+  launch.workspace_bytes = context_.scratch_bytes;
+  fault_.Check(cuda::LaunchSlicedMatmul(launch, x, weight, levels, levels_stride, out),
+               "SlicedMatmul");
+}
+
+void CudaBackend::DenseMatmul(Tensor x, Tensor weight, Tensor out) {
+  if (!EnterAlone() || out.rows == 0) return;
+  if (!fault_.Require(IsActivation(x) && (out.dtype == DType::kF32 || IsActivation(out)),
+                      "DenseMatmul: types")) {
+    return;
+  }
+  if (out.rows > kOwnDenseTokens && IsActivation(weight) && IsActivation(out)) {
+    return CublasMatmul(x, weight, out);
+  }
+  fault_.Check(cuda::LaunchDenseMatmul(context_, x, weight, out), "DenseMatmul");
+}
+
+void CudaBackend::CublasMatmul(const Tensor& x, const Tensor& weight, const Tensor& out) {
+  if (cublas_ == nullptr) {
+    if (!fault_.Check(cublasCreate(&cublas_), "create") ||
+        !fault_.Check(cudaMalloc(&cublas_workspace_, kCublasWorkspaceBytes), "cuBLAS workspace") ||
+        !fault_.Check(cublasSetStream(cublas_, stream_), "stream") ||
+        !fault_.Check(cublasSetWorkspace(cublas_, cublas_workspace_, kCublasWorkspaceBytes),
+                      "workspace") ||
+        !fault_.Check(cublasSetMathMode(cublas_, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION),
+                      "math mode")) {
+      return;
+    }
+  }
+  const cudaDataType_t type = activation_ == DType::kF16 ? CUDA_R_16F : CUDA_R_16BF;
+  const float one = 1, zero = 0;
+  // cuBLAS counts columns first: out^T [rows, tokens] = weight x^T.
+  fault_.Check(cublasGemmEx(cublas_, CUBLAS_OP_T, CUBLAS_OP_N, static_cast<int>(weight.rows),
+                            static_cast<int>(out.rows), static_cast<int>(weight.cols), &one,
+                            weight.data, type, static_cast<int>(weight.stride), x.data, type,
+                            static_cast<int>(x.stride), &zero, out.data, type,
+                            static_cast<int>(out.stride), CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
+               "DenseMatmul");
+}
+
+void CudaBackend::RopeAndWriteKv(Tensor qkv, const RopeTable& rope, const int32_t* positions,
+                                 const int32_t* slots, const AttentionShape& shape, KvLayer kv) {
+  if (!EnterAlone() || qkv.rows == 0) return;
+  if (!fault_.Require(IsActivation(qkv) && IsActivation(kv.k) && IsActivation(kv.v),
+                      "RopeAndWriteKv: types")) {
+    return;
+  }
+  pending_rope_ = {qkv, rope, positions, slots, shape, kv};
+}
+
+void CudaBackend::Attention(Tensor q, const KvLayer& kv, const AttentionBatch& batch,
+                            const AttentionShape& shape, Tensor out) {
+  cuda::DecodeRope rope;
+  if (pending_rope_.has_value() && pending_rope_->qkv.data == q.data && batch.max_query_len == 1 &&
+      pending_rope_->qkv.rows == batch.num_seqs && pending_rope_->kv.k.data == kv.k.data &&
+      cuda::CanFuseRope(shape)) {
+    rope = {pending_rope_->rope.cos.Row<float>(0), pending_rope_->rope.sin.Row<float>(0),
+            pending_rope_->rope.cos.stride, pending_rope_->positions, pending_rope_->slots};
+    pending_rope_.reset();
+  }
+  if (!EnterAlone() || batch.num_seqs == 0 || q.rows == 0) return;
+  const bool head_dim = shape.head_dim == 32 || shape.head_dim == 64 || shape.head_dim == 128;
+  const bool strides =
+      q.stride % 8 == 0 && kv.k.stride % 8 == 0 && kv.v.stride % 8 == 0 && out.stride % 2 == 0;
+  if (!fault_.Require(IsActivation(q) && IsActivation(kv.k) && IsActivation(out) && head_dim &&
+                          strides && shape.num_heads % shape.num_kv_heads == 0,
+                      "Attention: types, strides, or a head_dim other than 32, 64 and 128")) {
+    return;
+  }
+  fault_.Check(cuda::LaunchAttention(context_, q, kv, batch, shape, rope, out), "Attention");
+}
+
+void CudaBackend::SwiGlu(Tensor gate_up, Tensor out) {
+  if (!EnterAlone() || out.rows == 0) return;
+  if (!fault_.Require(IsActivation(gate_up) && IsActivation(out), "SwiGlu: types")) return;
+  pending_input_ = {{cuda::RouteInput::kSwiGlu, gate_up, {}, {}, 0}, out};
+}
+
+void CudaBackend::Sample(Tensor logits, const SamplingBatch& batch, Sampled* out) {
+  if (!EnterAlone() || batch.num_rows == 0) return;
+  fault_.Check(cuda::LaunchSample(context_, logits, batch, out), "Sample");
+}
+
+void CudaBackend::TokenLogprobs(Tensor logits, const int32_t* ids, float* out) {
+  if (!EnterAlone() || logits.rows == 0) return;
+  fault_.Check(cuda::LaunchTokenLogprobs(context_, logits, ids, out), "TokenLogprobs");
+}
+
+void CudaBackend::MostLikely(Tensor logits, const int32_t* rows, int num_rows, int count,
+                             TopLogprobs* out) {
+  if (!EnterAlone() || num_rows == 0 || count == 0) return;
+  fault_.Check(cuda::LaunchMostLikely(context_, logits, rows, num_rows, count, out), "MostLikely");
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Backend>> CreateCudaBackend(const CudaOptions& options) {
+  if (!Is16Bit(options.activation_dtype)) {
+    return absl::InvalidArgumentError("CUDA: activations are fp16 or bf16");
+  }
+  absl::StatusOr<DeviceInfo> device = cuda::OpenDevice(options.device);
+  if (!device.ok()) return device.status();
+  auto backend = std::make_unique<CudaBackend>(*std::move(device), options.activation_dtype);
+  const absl::Status status = backend->Initialize();
+  if (!status.ok()) return status;
+  return backend;
+}
+
+}  // namespace mobi

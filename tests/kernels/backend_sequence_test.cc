@@ -1,0 +1,293 @@
+// Ops in the order in which a model calls them. A backend may do a norm or SwiGLU together with the
+// route that follows, or a rotation with the attention that follows: the results must be those of
+// the ops one by one.
+#include <cmath>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "backend_suite.h"
+#include "kernels/cpu/reference_ops.h"
+
+namespace mobi {
+namespace {
+
+class BackendSequence : public BackendTest {
+ protected:
+  struct Routed {
+    Matrix x, residual;
+    std::vector<uint8_t> levels;
+    std::vector<uint32_t> tiles;
+    uint64_t loaded = 0;
+  };
+
+  // A router in host memory, its tensors in the backend's.
+  struct TestRouter {
+    Matrix w1, b1, u, w2, b2;
+    RoutedWeight host, device;
+  };
+
+  TestRouter RandomRouter(int num_hidden, const std::vector<int64_t>& rows, int64_t cols) {
+    const int scores = static_cast<int>(rows.size()) * kNumLevels;
+    TestRouter router{
+        Normal(DType::kF16, num_hidden, cols, 1 / std::sqrt(static_cast<float>(cols))),
+        Normal(DType::kF32, 1, num_hidden),
+        Normal(DType::kF32, 1, num_hidden, 0.3f),
+        Normal(DType::kF32, scores, num_hidden, 0.3f),
+        Normal(DType::kF32, 1, scores),
+        {},
+        {}};
+    RoutedWeight& host = router.host;
+    host.weight.cols = cols;
+    host.weight.num_segments = static_cast<int>(rows.size());
+    for (size_t s = 0; s < rows.size(); ++s) {
+      host.weight.segment_end[s] = host.weight.rows += rows[s];
+      for (int k = 0; k < kNumLevels; ++k) {
+        host.router.bytes[s][k] = static_cast<float>(BytesAtLevel(rows[s], cols, k + 1));
+        router.b2.set(0, s * kNumLevels + k, router.b2.at(0, s * kNumLevels + k) - 1.5f * k);
+      }
+    }
+    host.router.num_hidden = num_hidden;
+    router.device = host;
+    const auto place = [&](const Matrix& matrix, Tensor Router::*tensor) {
+      host.router.*tensor = matrix.view();
+      router.device.router.*tensor = OnDevice(matrix);
+    };
+    place(router.w1, &Router::w1);
+    place(router.b1, &Router::b1);
+    place(router.u, &Router::u);
+    place(router.w2, &Router::w2);
+    place(router.b2, &Router::b2);
+    return router;
+  }
+
+  struct Batch {
+    int num_coherent;
+    std::vector<float> price;
+    std::vector<uint8_t> min_level, max_level;
+  };
+
+  Batch RandomBatch(int tokens, int num_coherent, const RoutedWeight& linear) {
+    Batch batch{num_coherent, {}, {}, {}};
+    for (int i = 0; i < tokens; ++i) {
+      const float step = linear.router.bytes[0][1] - linear.router.bytes[0][0];
+      batch.price.push_back(std::exp(static_cast<float>(Uniform(-30, 10)) / 10) / step);
+      const bool pinned = Uniform(0, 7) == 0;
+      const auto level = static_cast<uint8_t>(Uniform(1, kNumLevels));
+      batch.min_level.push_back(pinned ? level : 1);
+      batch.max_level.push_back(pinned ? level : kNumLevels);
+    }
+    return batch;
+  }
+
+  static RoutingBatch View(const Batch& batch, const float* price, const uint8_t* min_level,
+                           const uint8_t* max_level, uint32_t* tiles, uint64_t* loaded) {
+    return {static_cast<int>(batch.price.size()),
+            batch.num_coherent,
+            price,
+            min_level,
+            max_level,
+            tiles,
+            loaded};
+  }
+
+  // Runs `make_x` (which fills x on the device) and then Route.
+  template <typename MakeX>
+  Routed Run(const TestRouter& router, const Batch& batch, int64_t cols, MakeX make_x) {
+    const auto tokens = static_cast<int64_t>(batch.price.size());
+    const int segments = router.host.weight.num_segments;
+    const Tensor x = OnDevice(Matrix::Poisoned(activations(), tokens, cols));
+    auto* levels = OnDevice(std::vector<uint8_t>(tokens * segments, uint8_t{0xEE}));
+    auto* tiles = OnDevice(std::vector<uint32_t>(tokens));
+    auto* loaded = OnDevice(std::vector<uint64_t>(1));
+    const RoutingBatch view = View(batch, OnDevice(batch.price), OnDevice(batch.min_level),
+                                   OnDevice(batch.max_level), tiles, loaded);
+    make_x(x);
+    backend().Route(x, router.device, view, levels, tokens);
+    return {ToHost(x),
+            {},
+            ToHost(levels, tokens * segments),
+            ToHost(tiles, tokens),
+            ToHost(loaded, 1)[0]};
+  }
+
+  // The levels are the reference's for the very x that the backend made, but for near ties.
+  static void ExpectRoutedFrom(const Matrix& x, const TestRouter& router, const Batch& batch,
+                               const Routed& actual) {
+    const auto tokens = static_cast<int64_t>(batch.price.size());
+    std::vector<uint8_t> levels(actual.levels.size());
+    std::vector<uint32_t> tiles(tokens);
+    uint64_t loaded = 0;
+    reference::Route(x.view(), router.host,
+                     View(batch, batch.price.data(), batch.min_level.data(), batch.max_level.data(),
+                          tiles.data(), &loaded),
+                     levels.data(), tokens);
+    int differ = 0;
+    for (size_t i = 0; i < levels.size(); ++i) differ += levels[i] != actual.levels[i];
+    EXPECT_LE(differ, 1 + tokens / 50);
+    if (differ == 0) {
+      EXPECT_EQ(actual.tiles, tiles);
+      EXPECT_EQ(actual.loaded, loaded);
+    }
+  }
+};
+
+TEST_P(BackendSequence, AddRmsNormThenRoute) {
+  for (const int tokens : {1, 2, 7, 16, 31, 64, 100}) {
+    for (const int64_t cols : {int64_t{128}, int64_t{kGroupSize} * Uniform(2, 40)}) {
+      const TestRouter router = RandomRouter(Uniform(1, 32), {64, 32, 16}, cols);
+      const Batch batch = RandomBatch(tokens, tokens % 2 == 0 ? tokens / 2 : 0, router.host);
+      const Matrix delta = Normal(activations(), tokens, cols);
+      const Matrix residual = Normal(activations(), tokens, cols);
+      const Matrix weight = Normal(DType::kF32, 1, cols);
+      const Matrix sum = residual.As(DType::kF32);
+      const Matrix expected = Matrix::Poisoned(DType::kF32, tokens, cols);
+      reference::AddRmsNorm(delta.view(), weight.view(), 1e-5f, sum.view(), expected.view());
+      const Tensor residual_device = OnDevice(residual);
+      const Tensor delta_device = OnDevice(delta), weight_device = OnDevice(weight);
+      const Routed routed = Run(router, batch, cols, [&](Tensor x) {
+        backend().AddRmsNorm(delta_device, weight_device, 1e-5f, residual_device, x);
+      });
+      const std::string what =
+          std::to_string(tokens) + " tokens of " + std::to_string(cols) + " columns";
+      const Tolerance tolerance = ToleranceOf(Op::kElementwise, activations());
+      ExpectClose(ToHost(residual_device), sum, tolerance, what + ": residual");
+      ExpectClose(routed.x, expected, tolerance, what + ": x");
+      ExpectRoutedFrom(routed.x, router, batch, routed);
+    }
+  }
+}
+
+TEST_P(BackendSequence, RmsNormThenRouteLeavesItsInput) {
+  const int tokens = 5;
+  const int64_t cols = 3 * kGroupSize;
+  const TestRouter router = RandomRouter(32, {64}, cols);
+  const Batch batch = RandomBatch(tokens, 0, router.host);
+  const Matrix input = Normal(activations(), tokens, cols);
+  const Matrix weight = Normal(DType::kF32, 1, cols);
+  const Matrix expected = Matrix::Poisoned(DType::kF32, tokens, cols);
+  reference::RmsNorm(input.view(), weight.view(), 1e-5f, expected.view());
+  const Tensor input_device = OnDevice(input), weight_device = OnDevice(weight);
+  const Routed routed = Run(router, batch, cols, [&](Tensor x) {
+    backend().RmsNorm(input_device, weight_device, 1e-5f, x);
+  });
+  ExpectClose(routed.x, expected, ToleranceOf(Op::kElementwise, activations()), "x");
+  ExpectSame(ToHost(input_device), input, "the input");
+  ExpectRoutedFrom(routed.x, router, batch, routed);
+}
+
+TEST_P(BackendSequence, SwiGluThenRoute) {
+  for (const int tokens : {1, 3, 16, 50}) {
+    const int64_t cols = int64_t{kGroupSize} * Uniform(1, 90);
+    const TestRouter router = RandomRouter(32, {48}, cols);
+    const Batch batch = RandomBatch(tokens, tokens == 16 ? tokens : 0, router.host);
+    const Matrix gate_up = Normal(activations(), tokens, 2 * cols);
+    const Matrix expected = Matrix::Poisoned(DType::kF32, tokens, cols);
+    reference::SwiGlu(gate_up.view(), expected.view());
+    const Tensor gate_up_device = OnDevice(gate_up);
+    const Routed routed =
+        Run(router, batch, cols, [&](Tensor x) { backend().SwiGlu(gate_up_device, x); });
+    ExpectClose(routed.x, expected, ToleranceOf(Op::kElementwise, activations()),
+                std::to_string(tokens) + " tokens of " + std::to_string(cols) + " columns");
+    ExpectRoutedFrom(routed.x, router, batch, routed);
+  }
+}
+
+// The same bits for a token alone and in company.
+TEST_P(BackendSequence, AddRmsNormThenRouteIsBatchInvariant) {
+  const int64_t cols = 5 * kGroupSize;
+  const int tokens = 70;
+  const TestRouter router = RandomRouter(32, {64, 32}, cols);
+  const Batch batch = RandomBatch(tokens, 0, router.host);
+  const Matrix delta = Normal(activations(), tokens, cols);
+  const Matrix residual = Normal(activations(), tokens, cols);
+  const Tensor weight = OnDevice(Normal(DType::kF32, 1, cols));
+  const auto run = [&](int first, int count) {
+    Matrix some_delta = Matrix::Poisoned(activations(), count, cols), some_residual = some_delta;
+    for (int i = 0; i < count; ++i) {
+      for (int64_t c = 0; c < cols; ++c) {
+        some_delta.set(i, c, delta.at(first + i, c));
+        some_residual.set(i, c, residual.at(first + i, c));
+      }
+    }
+    const Batch some{0,
+                     {batch.price.begin() + first, batch.price.begin() + first + count},
+                     {batch.min_level.begin() + first, batch.min_level.begin() + first + count},
+                     {batch.max_level.begin() + first, batch.max_level.begin() + first + count}};
+    const Tensor delta_device = OnDevice(some_delta), residual_device = OnDevice(some_residual);
+    return Run(router, some, cols, [&](Tensor x) {
+      backend().AddRmsNorm(delta_device, weight, 1e-5f, residual_device, x);
+    });
+  };
+  const Routed together = run(0, tokens);
+  for (const int count : {1, 9, 17}) {
+    const int first = Uniform(0, tokens - count);
+    const Routed some = run(first, count);
+    for (int i = 0; i < count; ++i) {
+      for (int64_t c = 0; c < cols; ++c) ASSERT_EQ(some.x.at(i, c), together.x.at(first + i, c));
+      for (int s = 0; s < 2; ++s) {
+        EXPECT_EQ(some.levels[s * count + i], together.levels[s * tokens + first + i]);
+      }
+    }
+  }
+}
+
+// One token per sequence: rotation, cache and attention, with a wait between the ops and without.
+TEST_P(BackendSequence, RopeThenDecodeAttention) {
+  for (const AttentionShape& shape :
+       {AttentionShape{4, 2, 64, 16}, AttentionShape{8, 2, 128, 16}, AttentionShape{3, 3, 32, 8}}) {
+    const std::vector<int32_t> context = {1, 16, 17, 128, 129, 700, 0, 255};
+    const auto seqs = static_cast<int>(context.size());
+    const int stride = 700 / shape.block_size + 2;
+    const int64_t q_cols = int64_t{shape.num_heads} * shape.head_dim;
+    const int64_t kv_cols = int64_t{shape.num_kv_heads} * shape.head_dim;
+    std::vector<int32_t> starts(seqs + 1), table(int64_t{seqs} * stride), positions, slots;
+    std::iota(starts.begin(), starts.end(), 0);
+    std::iota(table.begin(), table.end(), 0);
+    std::shuffle(table.begin(), table.end(), random_);
+    for (int s = 0; s < seqs; ++s) {  // a context of 0 is padding
+      const int p = context[s] - 1;
+      positions.push_back(std::max(p, 0));
+      slots.push_back(p < 0 ? -1
+                            : table[s * stride + p / shape.block_size] * shape.block_size +
+                                  p % shape.block_size);
+    }
+    const int64_t rows = static_cast<int64_t>(table.size()) * shape.block_size;
+    const Matrix k = Normal(activations(), rows, kv_cols), v = Normal(activations(), rows, kv_cols);
+    const Matrix qkv = Normal(activations(), seqs, q_cols + 2 * kv_cols);
+    const Tensor cos = OnDevice(Normal(DType::kF32, 700, shape.head_dim / 2, 0.7f));
+    const Tensor sin = OnDevice(Normal(DType::kF32, 700, shape.head_dim / 2, 0.7f));
+    const AttentionBatch batch{.num_seqs = seqs,
+                               .max_query_len = 1,
+                               .max_context_len = 1024,
+                               .query_start = OnDevice(starts),
+                               .context_len = OnDevice(context),
+                               .block_table = OnDevice(table),
+                               .block_table_stride = stride};
+    const auto* positions_device = OnDevice(positions);
+    const auto* slots_device = OnDevice(slots);
+    std::vector<Matrix> results[2];
+    for (const bool wait : {true, false}) {
+      const Tensor qkv_device = OnDevice(qkv), k_device = OnDevice(k), v_device = OnDevice(v);
+      const Tensor out = OnDevice(Matrix::Poisoned(activations(), seqs, q_cols));
+      backend().RopeAndWriteKv(qkv_device, {cos, sin}, positions_device, slots_device, shape,
+                               {k_device, v_device});
+      if (wait) ASSERT_TRUE(backend().Synchronize().ok());
+      backend().Attention(qkv_device.Columns(0, q_cols), {k_device, v_device}, batch, shape, out);
+      results[wait] = {ToHost(out), ToHost(k_device), ToHost(v_device)};
+    }
+    for (int s = 0; s < seqs; ++s) {
+      if (context[s] == 0) continue;
+      for (int64_t c = 0; c < q_cols; ++c) {
+        ASSERT_EQ(results[0][0].at(s, c), results[1][0].at(s, c)) << "sequence " << s;
+      }
+    }
+    ExpectSame(results[0][1], results[1][1], "k");
+    ExpectSame(results[0][2], results[1][2], "v");
+  }
+}
+
+MOBI_BACKEND_SUITE(BackendSequence);
+
+}  // namespace
+}  // namespace mobi
