@@ -1,6 +1,7 @@
 // Ops in the order in which a model calls them. A backend may do a norm or SwiGLU together with the
 // route that follows, or a rotation with the attention that follows: the results must be those of
 // the ops one by one.
+#include <algorithm>
 #include <cmath>
 #include <numeric>
 #include <string>
@@ -272,7 +273,9 @@ TEST_P(BackendSequence, RopeThenDecodeAttention) {
       const Tensor out = OnDevice(Matrix::Poisoned(activations(), seqs, q_cols));
       backend().RopeAndWriteKv(qkv_device, {cos, sin}, positions_device, slots_device, shape,
                                {k_device, v_device});
-      if (wait) ASSERT_TRUE(backend().Synchronize().ok());
+      if (wait) {
+        ASSERT_TRUE(backend().Synchronize().ok());
+      }
       backend().Attention(qkv_device.Columns(0, q_cols), {k_device, v_device}, batch, shape, out);
       results[wait] = {ToHost(out), ToHost(k_device), ToHost(v_device)};
     }
