@@ -36,11 +36,9 @@ absl::Span<const std::byte> Bytes(const std::vector<T>& values) {
 // Everything between reading the source and committing the result.
 class Calibration {
  public:
-  Calibration(const CalibrateOptions& options, const Checkpoint& source, FloatModel model,
-              std::vector<int32_t> ids, int64_t seq_len, CheckpointWriter& writer,
-              Progress& progress)
+  Calibration(const CalibrateOptions& options, FloatModel model, std::vector<int32_t> ids,
+              int64_t seq_len, CheckpointWriter& writer, Progress& progress)
       : options_(options),
-        source_(source),
         model_(std::move(model)),
         ids_(std::move(ids)),
         seq_len_(seq_len),
@@ -68,7 +66,6 @@ class Calibration {
   }
 
   const CalibrateOptions& options_;
-  const Checkpoint& source_;
   const FloatModel model_;
   const std::vector<int32_t> ids_;
   const int64_t seq_len_;
@@ -286,8 +283,7 @@ absl::Status Calibrate(const CalibrateOptions& options, const Clock& clock, std:
   SetBlasThreads(options.num_threads);
   Progress progress(config.num_hidden_layers * (1 + kSampleUnits + kPriceUnits), clock,
                     progress_out, progress_is_terminal);
-  return Calibration(options, source, std::move(model), std::move(ids), seq_len, *writer, progress)
-      .Run();
+  return Calibration(options, std::move(model), std::move(ids), seq_len, *writer, progress).Run();
 }
 
 }  // namespace mobi

@@ -140,8 +140,8 @@ void Controller::PutInForceLocked(LoadedPolicy policy) {
 
 const PolicyWindow& Controller::WindowLocked() {
   const TimePoint monotonic = clock_.Now();
-  schedule_clock_ = FollowWallClock(options_.schedule_clock, monotonic, clock_.WallNow(),
-                                    std::move(schedule_clock_));
+  schedule_clock_ =
+      FollowWallClock(options_.schedule_clock, monotonic, clock_.WallNow(), schedule_clock_);
   const absl::Time now = absl::FromChrono(ScheduleNow(schedule_clock_, monotonic));
   if (!open_ || now >= open_->until || now < open_since_) {
     open_ = WindowAt(*policy_.policy, now);
