@@ -65,13 +65,6 @@ __device__ __forceinline__ void WaitCopies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-// Fetches bytes (a multiple of 16) into L2.
-__device__ __forceinline__ void PrefetchL2(const void* global, uint32_t bytes) {
-#if MOBI_SM90
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
-#endif
-}
-
 // ---- Tensor cores, one warp. Fragments, lane = 4 g + t: a = {(g, 2t..), (g + 8, 2t..),
 // (g, 2t + 8..), (g + 8, 2t + 8..)}, b = {(k 2t.., n g), (k 2t + 8.., n g)},
 // d = {(g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)}.
@@ -100,12 +93,9 @@ __device__ __forceinline__ void ClusterArrive() {
 #endif
 }
 
-// Where there are no clusters, a block waits for itself.
 __device__ __forceinline__ void ClusterWait() {
 #if MOBI_SM90
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#else
-  __syncthreads();
 #endif
 }
 

@@ -30,7 +30,7 @@ struct SlicedMatmulLaunch {
   int compute_capability = 0;  // 10 * major + minor: 80, 89, 90
   SlicedMatmulPath path = SlicedMatmulPath::kDecode;
   // Programmatic dependent launch (9.0 and newer): the kernel may start while the one before it
-  // still runs, reads the first slice of the weight, and waits before it touches anything else.
+  // still runs, and waits before it touches memory.
   // Every kernel of the chain must wait likewise (griddepcontrol.wait) before it ends.
   bool pdl = false;
   void* workspace = nullptr;  // aligned to 256 bytes; contents need not survive between calls

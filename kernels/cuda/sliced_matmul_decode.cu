@@ -1,7 +1,6 @@
 // Launch of the decode path: how rows and columns are cut, what fits in shared memory.
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 
 #include "kernels/cuda/sliced_matmul_decode.cuh"
 #include "kernels/cuda/sliced_matmul_problem.h"
@@ -68,7 +67,6 @@ bool MakePlan(const SlicedMatmulLaunch& launch, const SlicedProblem& problem, De
     plan.token_log = 0;
     while (1 << plan.token_log < problem.num_tokens) ++plan.token_log;
   }
-  plan.early_panels = 4;
   const SharedLimits limits = LimitsOf(launch.compute_capability);
   const int largest = launch.compute_capability >= 90 ? 2 : 0;
   const int tiles = problem.rows / kTileRows;

@@ -9,8 +9,8 @@
 // mma from zero; the groups of a part in order in fp32, each with its range and offset; the parts
 // in order. So a token's bits do not depend on the other tokens.
 //
-// Order. Slice 0, which every level reads, is brought to L2 before the previous kernel has ended;
-// levels, x and the other slices are asked for only after it.
+// Order. With a dependent launch the block takes its place while the previous kernel still runs;
+// whatever it reads it asks for after that has ended: levels and x first, then what the levels say.
 #ifndef MOBI_KERNELS_CUDA_SLICED_MATMUL_DECODE_CUH_
 #define MOBI_KERNELS_CUDA_SLICED_MATMUL_DECODE_CUH_
 
@@ -389,8 +389,8 @@ struct DecodeWarp {
     }
   }
 
-  // All of the block's work, once its first loads are under way. A round's exchange begins when the
-  // next one's first panel is done, so that blocks need not keep step.
+  // All of the block's work, once its first loads are under way. A round's sums are added when the
+  // next one begins, its loads being under way too.
   template <int level>
   __device__ __forceinline__ void Run(const Exchange<NT>& exchange) {
     if constexpr (level == kAnyLevel) FirstChunks(exchange);
@@ -401,7 +401,7 @@ struct DecodeWarp {
       const bool done = begun >= place.num_tiles;
       for (int i = 0; i < plan.round_panels; ++i) {
         if (i == 0 && round > 0) {
-          ptx::ClusterWait();
+          exchange.Wait();
           exchange.Add(round - 1);
         }
         if (done) break;
@@ -411,7 +411,7 @@ struct DecodeWarp {
       }
       if (done) break;
       begun += plan.round_panels * step;
-      ptx::ClusterArrive();
+      exchange.Arrive();
     }
     if (plan.cluster_log > 0) {  // no block may leave while another reads its buffer
       ptx::ClusterArrive();
@@ -419,14 +419,14 @@ struct DecodeWarp {
     }
   }
 
-  // Which levels occur among the block's tokens, per segment; for mixed levels, also a copy of them
-  // in shared memory (0 where there is no token).
+  // Which levels occur among the block's tokens, per segment of the run; for mixed levels, also a
+  // copy of them in shared memory (0 where there is no token).
   __device__ __forceinline__ void ReadLevels() {
     constexpr int kTokens = 8 * NT;
     present = 0;
 #pragma unroll
     for (int s = 0; s < kMaxSegments; ++s) {
-      if (s >= p.num_segments) break;
+      if (s < SegmentOf(0) || s > SegmentOf(place.num_tiles - 1)) continue;
       int level = 0;
       if (place.lane < place.num_tokens) {
         level = __ldcg(p.levels + s * p.levels_stride + place.first_token + place.lane);
@@ -451,17 +451,6 @@ __global__ void __launch_bounds__(kDecodeThreads, NT == 1 ? 2 : 1)
   extern __shared__ __align__(128) uint8_t shared[];
   ptx::LaunchDependents();
   const DecodePlace place(p, plan, 8 * NT);
-  if (place.num_groups > 0) {
-    for (int i = 0; i < plan.early_panels * kPanelTiles; ++i) {
-      const int tile = ((i / kPanelTiles << plan.cluster_log) + place.team) * kPanelTiles + i % 2;
-      if (tile >= place.num_tiles) break;
-      const int index = (place.first_tile + tile) * p.groups + place.first_group;
-      if (place.lane == 0) {
-        ptx::PrefetchL2(p.slices[0] + static_cast<size_t>(index) * 32,
-                        place.num_groups * kTileBytes);
-      }
-    }
-  }
   ptx::WaitForPrevious();
 
   // x and levels travel together; the levels say what to ask for.

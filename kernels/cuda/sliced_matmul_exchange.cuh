@@ -73,6 +73,19 @@ struct Exchange {
     }
   }
 
+  // After a round's writes, and before its sums are read. A block alone needs no more than its own
+  // barrier, which Wait is then.
+  __device__ __forceinline__ void Arrive() const {
+    if (plan.cluster_log > 0) ptx::ClusterArrive();
+  }
+  __device__ __forceinline__ void Wait() const {
+    if (plan.cluster_log > 0) {
+      ptx::ClusterWait();
+    } else {
+      __syncthreads();
+    }
+  }
+
   // Adds a round that all have written. A warp takes one token of one panel at a time, a lane one
   // of its 32 rows; panels go round the blocks of the cluster.
   __device__ __forceinline__ void Add(int round) const {

@@ -30,7 +30,6 @@ struct DecodePlan {
   int chunks = 0;                    // several only with one round
   int token_log = 0;                 // 2^token_log tokens are kept per tile of 8
   int buffer_tokens = 0;             // tokens in an exchange buffer
-  int early_panels = 0;              // whose slice 0 is brought to L2 before the kernel's turn
   // Offsets in shared memory.
   int x = 0, sums = 0, bias = 0, unit = 0, buffers = 0, levels = 0, shared_bytes = 0;
 };

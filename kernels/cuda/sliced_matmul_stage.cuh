@@ -110,6 +110,7 @@ struct XPart {
                            (chunk_first + group) * kGroupSize + place.lane * 8;
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
+      if (u > 0 && token + (u << plan.cluster_log) >= place.num_tokens) break;
       v[u] = make_uint4(0, 0, 0, 0);
       if (inside && token + (u << plan.cluster_log) < place.num_tokens) {
         v[u] = __ldcg(reinterpret_cast<const uint4*>(from));
@@ -125,6 +126,7 @@ struct XPart {
     const int of_all = place.part * plan.chunk_groups + group;
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
+      if (u > 0 && token >= place.num_tokens) break;
       float unit = 1;
       if constexpr (kBf16) v[u] = ScaledHalves(v[u], unit);
       if (group < groups && token < place.num_tokens) {
