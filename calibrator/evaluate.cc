@@ -13,6 +13,7 @@
 #include "engine/model.h"
 #include "engine/precision.h"
 #include "engine/tokenizer.h"
+#include "kernels/create_backend.h"
 
 namespace mobi {
 namespace {
@@ -136,7 +137,8 @@ absl::StatusOr<std::vector<EvaluateResult>> Evaluate(const EvaluateOptions& opti
         absl::StrCat("bits ", bits, " is not within ", kMinBits, " and ", kMaxBits));
   }
   MOBI_ASSIGN_OR_RETURN(const std::vector<int32_t> ids, ReadStream(options, config));
-  const std::unique_ptr<Backend> backend = CreateCpuBackend({.num_threads = options.num_threads});
+  MOBI_ASSIGN_OR_RETURN(const std::unique_ptr<Backend> backend,
+                        CreateBackend(options.device, options.num_threads));
   MOBI_ASSIGN_OR_RETURN(const auto model,
                         Model::Load(checkpoint, *backend, options.window, nullptr));
   EngineOptions engine_options;

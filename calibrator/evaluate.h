@@ -23,6 +23,7 @@ struct EvaluateOptions {
   int window = 1024;
   int64_t limit = 0;  // windows; 0: all
   int num_threads = 0;
+  std::string device = "cpu";  // see CreateBackend
 };
 
 struct EvaluateResult {

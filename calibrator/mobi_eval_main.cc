@@ -19,6 +19,7 @@ ABSL_FLAG(std::vector<std::string>, bits, (std::vector<std::string>{"2", "3", "4
 ABSL_FLAG(int, window, 1024, "tokens in a window");
 ABSL_FLAG(int, limit, 0, "windows to read; 0: all");
 ABSL_FLAG(int, threads, 0, "threads; 0: one per core");
+ABSL_FLAG(std::string, device, "cpu", "cpu, cuda or auto");
 ABSL_FLAG(bool, json, false, "print JSON");
 
 namespace mobi {
@@ -70,6 +71,7 @@ absl::Status Run() {
   }
   options.window = absl::GetFlag(FLAGS_window);
   options.limit = absl::GetFlag(FLAGS_limit);
+  options.device = absl::GetFlag(FLAGS_device);
   options.num_threads = absl::GetFlag(FLAGS_threads);
   const bool json = absl::GetFlag(FLAGS_json);
   if (!json) {

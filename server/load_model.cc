@@ -5,25 +5,9 @@
 
 #include "absl/strings/str_cat.h"
 #include "engine/base/status_macros.h"
+#include "kernels/create_backend.h"
 
 namespace mobi {
-namespace {
-
-absl::StatusOr<std::unique_ptr<Backend>> CreateBackend(const LoadOptions& options) {
-  if (options.device == "cuda") return CreateCudaBackend({});
-  if (options.device == "auto") {
-    auto cuda = CreateCudaBackend({});
-    if (cuda.ok()) return cuda;
-  } else if (options.device != "cpu") {
-    return absl::InvalidArgumentError(
-        absl::StrCat("device: \"", options.device, "\" is none of auto, cpu and cuda"));
-  }
-  CpuOptions cpu;
-  cpu.num_threads = options.threads;
-  return CreateCpuBackend(cpu);
-}
-
-}  // namespace
 
 absl::StatusOr<OpenedModel> OpenModel(const LoadOptions& options) {
   MOBI_ASSIGN_OR_RETURN(
@@ -42,7 +26,7 @@ absl::StatusOr<std::unique_ptr<ServedModel>> LoadModel(
     const LoadOptions& options, OpenedModel opened, const Clock& clock,
     const std::function<void(int done, int total)>& progress) {
   auto served = std::make_unique<ServedModel>();
-  MOBI_ASSIGN_OR_RETURN(served->backend, CreateBackend(options));
+  MOBI_ASSIGN_OR_RETURN(served->backend, CreateBackend(options.device, options.threads));
   MOBI_ASSIGN_OR_RETURN(served->model, Model::Load(opened.checkpoint, *served->backend,
                                                    options.engine.max_model_len, progress));
   MOBI_ASSIGN_OR_RETURN(served->engine, Engine::Create(options.engine, *served->model,
