@@ -75,7 +75,8 @@ TEST(ChatTemplate, Llama2RefusesWhatItsTemplateRefuses) {
   const auto tokenizer = TokenizerWith("llama2", JinjaOf("llama2"));
   const auto chat = ChatTemplate::Create(*tokenizer);
   ASSERT_TRUE(chat.ok()) << chat.status();
-  for (const json& messages : TestData("chat_goldens.json")["wrong_order"]) {
+  const json goldens = TestData("chat_goldens.json");
+  for (const json& messages : goldens["wrong_order"]) {
     const auto text = chat->Render(Messages(messages));
     EXPECT_EQ(text.status().code(), absl::StatusCode::kInvalidArgument) << messages;
     EXPECT_THAT(std::string(text.status().message()), HasSubstr("take turns"));

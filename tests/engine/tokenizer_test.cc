@@ -105,7 +105,8 @@ TEST(TokenizerGolden, Llama2AndVariants) {
 TEST(TokenizerGolden, InvalidUtf8CountsAsReplacementCharacters) {
   const auto tokenizer = MustParse(TestData("tokenizer_llama2.json"));
   ASSERT_NE(tokenizer, nullptr);
-  for (const json& golden : TestData("tokenizer_llama2_goldens.json")["invalid_utf8"]) {
+  const json goldens = TestData("tokenizer_llama2_goldens.json");
+  for (const json& golden : goldens["invalid_utf8"]) {
     const auto bytes = golden["bytes"].get<std::vector<uint8_t>>();
     const std::string text(bytes.begin(), bytes.end());
     EXPECT_FALSE(IsValidUtf8(text));
@@ -128,7 +129,8 @@ BpeModel ModelOf(const json& golden) {
 
 TEST(BpeModel, FollowsTheReferenceWhereMergesCompete) {
   BpeScratch scratch;
-  for (const json& golden : TestData("tokenizer_llama2_goldens.json")["bpe"]) {
+  const json goldens = TestData("tokenizer_llama2_goldens.json");
+  for (const json& golden : goldens["bpe"]) {
     const BpeModel model = ModelOf(golden);
     for (const json& c : golden["cases"]) {
       std::vector<int32_t> ids;
