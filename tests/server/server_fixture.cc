@@ -73,14 +73,23 @@ ServerOptions TestServerOptions() {
   return options;
 }
 
-TestServer::TestServer(ScriptedEngine::Options engine, const ServerOptions& options, bool load) {
-  [[maybe_unused]] static const bool once = (EnableTransportPlugins(), true);
-  model_ = ScriptedModel(std::move(engine));
+TestServer::TestServer(ScriptedEngine::Options engine, const ServerOptions& options, bool load)
+    : model_(ScriptedModel(std::move(engine))) {
   engine_ = static_cast<ScriptedEngine*>(model_->engine.get());
+  Start(options);
+  if (load) Load();
+}
+
+TestServer::TestServer(std::unique_ptr<ServedModel> model) : model_(std::move(model)) {
+  Start(TestServerOptions());
+  Load();
+}
+
+void TestServer::Start(const ServerOptions& options) {
+  [[maybe_unused]] static const bool once = (EnableTransportPlugins(), true);
   auto server = MobiServer::Start(options, PolicyFromFlags(8), clock_);
   if (!server.ok()) ADD_FAILURE() << server.status();
   server_ = *std::move(server);
-  if (load) Load();
 }
 
 void TestServer::Load() { server_->Serve(std::move(model_)); }

@@ -38,6 +38,9 @@ class TestServer {
   explicit TestServer(ScriptedEngine::Options engine,
                       const ServerOptions& options = TestServerOptions(), bool load = true);
 
+  // Over a model that is loaded already; engine() is not for it.
+  explicit TestServer(std::unique_ptr<ServedModel> model);
+
   // Takes requests; done by the constructor unless load was false.
   void Load();
 
@@ -52,6 +55,8 @@ class TestServer {
   std::string MetricsText() const;  // what /metrics would say
 
  private:
+  void Start(const ServerOptions& options);
+
   RealClock clock_;
   std::unique_ptr<ServedModel> model_;
   ScriptedEngine* engine_ = nullptr;
