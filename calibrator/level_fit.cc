@@ -8,6 +8,10 @@
 namespace mobi {
 namespace {
 
+// A group whose codes are all equal has only rounding noise for a variance, and noise divided by
+// noise is no range: below this share of the squared full range its codes count as equal.
+constexpr double kLeastVariance = 1e-12;
+
 // Position of a level's codes in the range, centred: (Q_k + 1/2) / 4^k - 1/2.
 void CentredFractions(const uint8_t* codes, int64_t count, int level, float* out) {
   const int shift = kSliceBits * (kNumLevels - level);
@@ -61,7 +65,7 @@ ScaleFit FitScale(const float* target, const float* importance, const uint8_t* c
     fw += importance[j] * f * w;
     ww += importance[j] * w * w;
   }
-  const double range = ff > 0 ? std::max(fw / ff, 0.0) : 0.0;
+  const double range = ff > kLeastVariance * s ? std::max(fw / ff, 0.0) : 0.0;
   return {RoundedScale(range, mean_w - range * mean_f), ww - range * (2 * fw - range * ff)};
 }
 
