@@ -14,11 +14,14 @@ help: ## This list
 deps: ## Install the packages that are missing (Debian 12; asks sudo if not root)
 	@deploy/setup-debian.sh
 
-build: deps ## Release build in build/release
+configure: deps
 	@cmake --preset release >build/configure.log 2>&1 || { cat build/configure.log; exit 1; }
+
+build: configure ## Release build in build/release
 	@cmake --build --preset release -j $(JOBS)
 
-serve: build ## Build, then serve MODEL (the demo by default) until interrupted
+serve: configure ## Build the server and mobictl, then serve MODEL (the demo by default)
+	@cmake --build --preset release -j $(JOBS) --target mobi-server mobictl
 	@exec build/release/bin/mobi-server --model $(MODEL) $(SERVE_FLAGS)
 
 test: build ## Build, then run every test; GPU tests skip where there is no GPU
@@ -45,4 +48,4 @@ lint: build ## Format check and clang-tidy
 clean: ## Remove build/
 	rm -rf build
 
-.PHONY: help deps build serve test bench asan tsan format lint clean
+.PHONY: help deps configure build serve test bench asan tsan format lint clean
