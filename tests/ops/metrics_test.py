@@ -1,0 +1,63 @@
+#!/usr/bin/python3
+"""Every metric that a dashboard, rule, autoscaler or document names is emitted by the real server
+under load, with the type that the expression needs.
+
+usage: metrics_test.py BIN_DIR WORK_DIR
+"""
+import collections
+import pathlib
+import re
+import subprocess
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import named_metrics  # noqa: E402
+from server_process import ROOT, Server  # noqa: E402
+
+
+def types_of(exposition):
+    return dict(re.findall(r"^# TYPE (\S+) (\S+)$", exposition, re.M))
+
+
+def names_of(exposition):
+    return set(re.findall(r"^([a-z][\w:]*)(?:\{| )", exposition, re.M))
+
+
+def drive_load(server):
+    """A few streams at once, one of each end."""
+    streams = [subprocess.Popen(server.ctl("generate", f"Once upon {i}", "--max_new_tokens", "40",
+                                           *flags), stdout=subprocess.DEVNULL,
+                                stderr=subprocess.DEVNULL)
+               for i, flags in enumerate([(), ("--ignore_eos",), ("--n", "3"), ("--stop", "the")])]
+    for stream in streams:
+        assert stream.wait(60) == 0
+
+
+def main():
+    policy = ROOT / "deploy" / "policies" / "peak-off-peak.yaml"
+    with Server(sys.argv[1], "--policy", str(policy)) as server:
+        drive_load(server)
+        exposition = server.scrape()
+    types, names = types_of(exposition), names_of(exposition)
+    failures = collections.defaultdict(set)
+    uses = list(named_metrics.uses())
+    for where, name, kind in uses:
+        if name not in types:
+            failures[f"{name} is not emitted"].add(where)
+        elif kind is not None and types[name] != kind:
+            failures[f"{name} is a {types[name]}, used as a {kind}"].add(where)
+        elif types[name] == "counter" and not name.endswith("_total"):
+            failures[f"{name} is a counter without _total"].add(where)
+        elif types[name] != "histogram" and name not in names:
+            failures[f"{name} has no series"].add(where)
+    for failure, places in sorted(failures.items()):
+        print(f"{failure}: {'; '.join(sorted(places))}")
+    assert len(uses) > 100, "the search for names finds too little"
+    print(f"{len({name for _, name, _ in uses})} metrics named in {len(uses)} places, "
+          f"{len(types)} emitted")
+    unnamed = sorted(types.keys() - {name for _, name, _ in uses})
+    print(f"emitted and shown nowhere: {', '.join(unnamed)}")
+    sys.exit(1 if failures else 0)
+
+
+main()

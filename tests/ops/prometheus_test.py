@@ -1,0 +1,143 @@
+#!/usr/bin/python3
+"""The real Prometheus over the real server under load: it evaluates every dashboard query, every
+recording rule and alert, and the autoscaler's queries, through its API.
+
+usage: prometheus_test.py BIN_DIR WORK_DIR
+"""
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.parse
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import named_metrics  # noqa: E402
+from server_process import ROOT, Server, fetch, free_ports, wait_until  # noqa: E402
+
+WORK = pathlib.Path(sys.argv[2])
+LOAD_SECONDS = 10
+# Without samples on a healthy single server.
+MAY_BE_EMPTY = {
+    "operator.json: annotation Policy windows",  # windows that opened in the last minute
+    "operator.json: annotation Policy reloads",
+    "service.json: annotation Policy windows",
+}
+SUBSTITUTES = {"$namespace": ".*", "$job": ".*", "$instance": ".*", "$__rate_interval": "8s",
+               "[1m]": "[8s]", "[5m]": "[8s]", "offset 1m": "offset 8s"}
+
+
+class Prometheus:
+    def __init__(self, target):
+        shutil.rmtree(WORK, ignore_errors=True)
+        WORK.mkdir(parents=True)
+        config = WORK / "prometheus.yml"
+        files = named_metrics.FILES
+        config.write_text(json.dumps({
+            "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+            "rule_files": [str(files / "recordings.yml"), str(files / "alerts.yml")],
+            "scrape_configs": [{"job_name": "demo", "static_configs": [{"targets": [target]}]}]}))
+        self.url = f"http://127.0.0.1:{free_ports(1)[0]}"
+        self.log = open(WORK / "log", "w")
+        self.process = subprocess.Popen(
+            ["prometheus", f"--config.file={config}", f"--storage.tsdb.path={WORK / 'data'}",
+             f"--web.listen-address={self.url.removeprefix('http://')}"],
+            stdout=self.log, stderr=self.log)
+        wait_until(lambda: "Ready" in fetch(self.url + "/-/ready"), "Prometheus is ready")
+
+    def api(self, path, **parameters):
+        url = f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
+        answer = json.loads(fetch(url))
+        assert answer["status"] == "success", answer
+        return answer["data"]
+
+    def samples(self, expression):
+        return self.api("query", query=expression)["result"]
+
+    def stop(self):
+        self.process.kill()
+        self.process.wait()
+        self.log.close()
+
+
+def substituted(expression):
+    for text, value in SUBSTITUTES.items():
+        expression = expression.replace(text, value)
+    return expression
+
+
+def drive_load(server, seconds):
+    """Streams one after another on two lanes, so that there is work in every second."""
+    deadline = time.monotonic() + seconds
+    lanes = []
+    while time.monotonic() < deadline:
+        lanes = [lane for lane in lanes if lane.poll() is None]
+        while len(lanes) < 2:
+            lanes.append(subprocess.Popen(
+                server.ctl("generate", "Once upon a time", "--max_new_tokens", "300",
+                           "--ignore_eos"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        time.sleep(0.05)
+    return lanes
+
+
+def check_queries(prometheus):
+    empty, broken, count = [], [], 0
+    queries = [*named_metrics.dashboard_queries(), *named_metrics.autoscaling_queries()]
+    for where, expression in queries:
+        count += 1
+        try:
+            if not prometheus.samples(substituted(expression)) and where not in MAY_BE_EMPTY:
+                empty.append(f"{where}: {expression}")
+        except (AssertionError, OSError) as error:
+            broken.append(f"{where}: {expression}: {error}")
+    assert not broken, "refused by Prometheus:\n" + "\n".join(broken)
+    assert not empty, "no samples for:\n" + "\n".join(empty)
+    for where, expression in named_metrics.variable_queries():
+        metric, label = re.fullmatch(r"label_values\((.*), (\w+)\)", expression).groups()
+        values = {s["metric"].get(label) for s in prometheus.samples(substituted(metric))}
+        assert values != {None} or label == "namespace", f"{where}: no values"
+    print(f"{count} queries of dashboards and autoscaling have samples")
+
+
+def check_rules(prometheus):
+    rules = [r for g in prometheus.api("rules")["groups"] for r in g["rules"]]
+    assert len(rules) == len(list(named_metrics.rules()))
+    for rule in rules:
+        assert rule["health"] == "ok", f"{rule['name']}: {rule['health']} {rule.get('lastError')}"
+        if rule["type"] == "alerting":
+            assert rule["state"] == "inactive", f"{rule['name']} is {rule['state']} when healthy"
+        else:
+            assert prometheus.samples(rule["name"]), f"{rule['name']} records nothing"
+    print(f"{len(rules)} rules are evaluated; no alert fires on a healthy server")
+
+
+def check_an_alert_sees_a_failure(server, prometheus):
+    server.process.kill()
+    pending = wait_until(
+        lambda: [a for a in prometheus.api("alerts")["alerts"]
+                 if a["labels"]["alertname"] == "MobiServerDown"],
+        "MobiServerDown after the server was killed", 30)
+    assert pending[0]["labels"]["instance"] == server.metrics
+
+
+def main():
+    if not shutil.which("prometheus"):
+        print("SKIPPED: prometheus is not installed")
+        sys.exit(77)
+    policy = ROOT / "deploy" / "policies" / "peak-off-peak.yaml"
+    with Server(sys.argv[1], "--policy", str(policy)) as server:
+        prometheus = Prometheus(server.metrics)
+        try:
+            lanes = drive_load(server, LOAD_SECONDS)
+            check_queries(prometheus)
+            check_rules(prometheus)
+            for lane in lanes:
+                lane.wait(60)
+            check_an_alert_sees_a_failure(server, prometheus)
+        finally:
+            prometheus.stop()
+
+
+main()

@@ -1,0 +1,83 @@
+"""The real programs on loopback, for the tests beside this file."""
+import pathlib
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+DEMO = ROOT / "deploy" / "demo" / "checkpoint"
+
+
+def free_ports(count):
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def fetch(url, timeout=10):
+    with urllib.request.urlopen(url, timeout=timeout) as reply:
+        return reply.read().decode()
+
+
+def wait_until(condition, what, seconds=60):
+    """The condition's first true value. Errors of the network count as not yet."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            value = condition()
+            if value:
+                return value
+        except OSError:
+            pass
+        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
+        time.sleep(0.05)
+
+
+class Server:
+    """mobi-server with the demo model. Ready when the constructor returns."""
+
+    def __init__(self, bin_dir, *flags, ports=None):
+        self.bin = pathlib.Path(bin_dir)
+        self.data, self.admin, self.metrics = (f"127.0.0.1:{p}" for p in ports or free_ports(3))
+        start = time.monotonic()
+        self.process = subprocess.Popen(
+            [self.bin / "mobi-server", "--model", DEMO, "--threads", "1", "--listen", self.data,
+             "--admin_listen", self.admin, "--metrics_listen", self.metrics, *flags],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        greeting = ""
+        while "ready after" not in greeting:
+            line = self.process.stdout.readline()
+            assert line, f"the server ended before it was ready: {greeting}"
+            greeting += line
+        self.seconds_to_ready = time.monotonic() - start
+
+    def ctl(self, *arguments):
+        return [str(a) for a in (self.bin / "mobictl", "--server", self.data, "--admin",
+                                 self.admin, *arguments)]
+
+    def run(self, *arguments, timeout=120):
+        done = subprocess.run(self.ctl(*arguments), capture_output=True, text=True,
+                              timeout=timeout)
+        assert done.returncode == 0, f"{arguments}: {done.returncode} {done.stderr}"
+        return done.stdout
+
+    def scrape(self):
+        return fetch(f"http://{self.metrics}/metrics")
+
+    def terminate(self):
+        self.process.send_signal(signal.SIGTERM)
+
+    def wait(self, seconds=90):
+        self.process.communicate(timeout=seconds)
+        return self.process.returncode
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
