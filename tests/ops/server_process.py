@@ -1,4 +1,5 @@
 """The real programs on loopback, for the tests beside this file."""
+import os
 import pathlib
 import signal
 import socket
@@ -67,6 +68,10 @@ class Server:
 
     def scrape(self):
         return fetch(f"http://{self.metrics}/metrics")
+
+    def cpu_seconds(self):
+        fields = pathlib.Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")")[-1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def terminate(self):
         self.process.send_signal(signal.SIGTERM)
