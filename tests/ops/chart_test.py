@@ -299,6 +299,11 @@ def check_programs(found, known):
     for command in commands:
         assert command[0] == "mobictl"
         unknown |= flags_in(command) - known["mobictl"]
+    environment = [e["name"] for c in [server] + [c for p in of_kind(found, "Pod")
+                                                  for c in p["spec"]["containers"]]
+                   for e in c.get("env", [])]
+    unknown |= {name.removeprefix("MOBICTL_").lower() for name in environment
+                if name.startswith("MOBICTL_")} - known["mobictl"]
     assert not unknown, f"the programs have no flags {sorted(unknown)}"
     for config in of_kind(found, "ConfigMap"):
         if "policy.yaml" in config["data"]:

@@ -77,17 +77,22 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- if and .Values.tls.secretName (not .Values.front.enabled) }}true{{ end -}}
 {{- end -}}
 
-{{/* Arguments with which mobictl reaches the data port under TLS. */}}
-{{- define "mobiserve.ctlTls" -}}
-{{- if .Values.tls.secretName }}
-- --tls_ca=/etc/mobiserve/tls/{{ .Values.tls.probe.caKey }}
-{{- with .Values.tls.probe.serverName }}
-- --tls_server_name={{ . }}
-{{- end }}
+{{/* The name that the certificate must have, whatever address leads to it. */}}
+{{- define "mobiserve.serverName" -}}
+{{- default (printf "%s.%s.svc" (include "mobiserve.fullname" .) .Release.Namespace) .Values.tls.probe.serverName -}}
+{{- end -}}
+
+{{/* Flags of mobictl under TLS as its environment, so that people who exec it need none. */}}
+{{- define "mobiserve.ctlEnv" -}}
+- name: MOBICTL_TLS_CA
+  value: /etc/mobiserve/tls/{{ .Values.tls.probe.caKey }}
+- name: MOBICTL_TLS_SERVER_NAME
+  value: {{ include "mobiserve.serverName" . }}
 {{- if .Values.tls.clientCaKey }}
-- --tls_cert=/etc/mobiserve/tls/{{ .Values.tls.certKey }}
-- --tls_key=/etc/mobiserve/tls/{{ .Values.tls.keyKey }}
-{{- end }}
+- name: MOBICTL_TLS_CERT
+  value: /etc/mobiserve/tls/{{ .Values.tls.certKey }}
+- name: MOBICTL_TLS_KEY
+  value: /etc/mobiserve/tls/{{ .Values.tls.keyKey }}
 {{- end }}
 {{- end -}}
 
@@ -106,7 +111,6 @@ exec:
     {{- end }}
     - --server=127.0.0.1:{{ $root.Values.ports.data }}
     - --timeout_s=3
-    {{- include "mobiserve.ctlTls" $root | nindent 4 }}
 {{- else -}}
 grpc:
   port: {{ $root.Values.ports.data }}
