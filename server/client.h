@@ -17,7 +17,7 @@
 
 namespace mobi {
 
-// Connects lazily; messages up to 64 MiB are taken.
+// A connection of its own, made lazily; messages up to 64 MiB are taken.
 std::shared_ptr<grpc::Channel> Connect(const std::string& address);
 
 // Zero: no deadline.
