@@ -8,6 +8,7 @@
 
 #include "absl/container/flat_hash_map.h"
 #include "absl/strings/str_cat.h"
+#include "engine/admission.h"
 #include "engine/base/mutex.h"
 #include "engine/base/status_macros.h"
 #include "engine/block_allocator.h"
@@ -16,6 +17,7 @@
 #include "engine/prefix_cache.h"
 #include "engine/sampling.h"
 #include "engine/scheduler.h"
+#include "engine/step_pace.h"
 #include "engine/step_runner.h"
 
 namespace mobi {
@@ -33,7 +35,11 @@ class EngineImpl final : public Engine {
         allocator_(num_kv_blocks, [this](int32_t block) { cache_.Evict(block); }),
         cache_(allocator_, options.block_size),
         scheduler_({options.block_size, options.max_num_seqs, options.max_num_batched_tokens},
-                   allocator_, cache_) {
+                   allocator_, cache_),
+        pace_(options.max_decode_slowdown, options.max_num_seqs,
+              std::max(1, options.max_num_batched_tokens / 2)),
+        admission_(
+            {options.max_waiting_requests, options.max_waiting_tokens, options.max_expected_wait}) {
     PublishStats();
     thread_ = std::thread([this] { Loop(); });
   }
@@ -65,7 +71,7 @@ class EngineImpl final : public Engine {
   Duration PrefillTime(const Request& request) const;
   absl::Status Step();
   void CountCoherent(const StepResult& result);
-  void LearnPace(absl::Span<const ScheduledChunk> plan);
+  void LearnPace(absl::Span<const ScheduledChunk> plan, int started);
   void Commit(const ChunkResult& result, TimePoint now);
   void EmitToken(Sequence& sequence, const ChunkResult& result, TimePoint now);
   void EndCompletion(Sequence& sequence, FinishReason reason, std::optional<int32_t> stop_id);
@@ -87,7 +93,8 @@ class EngineImpl final : public Engine {
   Scheduler scheduler_;
   absl::flat_hash_map<RequestId, std::unique_ptr<Request>> requests_;
   EngineStats counters_;
-  double seconds_per_prompt_token_ = 0;  // about the fastest seen of late
+  StepPace pace_;
+  int unstarted_ = 0;  // requests that the scheduler has not begun to serve
 
   // The crossings.
   std::atomic<RequestId> next_id_{1};
@@ -99,8 +106,7 @@ class EngineImpl final : public Engine {
   bool failed_ ABSL_GUARDED_BY(mutex_) = false;
   PrecisionTarget precision_ ABSL_GUARDED_BY(mutex_);
   // Requests accepted but not scheduled yet, wherever they are.
-  int waiting_requests_ ABSL_GUARDED_BY(mutex_) = 0;
-  int64_t waiting_tokens_ ABSL_GUARDED_BY(mutex_) = 0;
+  Admission admission_ ABSL_GUARDED_BY(mutex_);
   EngineStats published_ ABSL_GUARDED_BY(mutex_);
 
   std::thread thread_;
@@ -155,17 +161,10 @@ absl::StatusOr<RequestId> EngineImpl::Submit(GenerationRequest spec, TokenSink* 
     MutexLock lock(mutex_);
     if (failed_) return absl::UnavailableError("the device has failed");
     if (stopping_) return absl::UnavailableError("the engine is stopping");
-    const int64_t tokens = request->prompt_length();
-    if (waiting_requests_ >= options_.max_waiting_requests) {
-      return absl::ResourceExhaustedError(
-          absl::StrCat("the queue is full: ", waiting_requests_, " requests wait"));
-    }
-    if (waiting_tokens_ > 0 && waiting_tokens_ + tokens > options_.max_waiting_tokens) {
-      return absl::ResourceExhaustedError(
-          absl::StrCat("the queue is full: ", waiting_tokens_, " prompt tokens wait"));
-    }
-    ++waiting_requests_;
-    waiting_tokens_ += tokens;
+    const GenerationRequest& accepted = request->spec;
+    MOBI_RETURN_IF_ERROR(admission_.Check(accepted.priority, request->prompt_length(),
+                                          accepted.deadline - request->arrival));
+    admission_.Enter(accepted.priority, request->prompt_length());
     submitted_.push_back(std::move(request));
   }
   wake_.NotifyOne();
@@ -193,8 +192,8 @@ PrecisionTarget EngineImpl::Target() const {
 EngineStats EngineImpl::stats() const {
   MutexLock lock(mutex_);
   EngineStats stats = published_;
-  stats.waiting_requests = waiting_requests_;
-  stats.waiting_tokens = waiting_tokens_;
+  stats.waiting_requests = admission_.waiting_requests();
+  stats.waiting_tokens = admission_.waiting_tokens();
   return stats;
 }
 
@@ -239,6 +238,7 @@ void EngineImpl::DrainQueues() {
   }
   for (auto& request : submitted) {
     scheduler_.Add(*request);
+    ++unstarted_;
     requests_.emplace(request->id, std::move(request));
   }
   for (const RequestId id : cancelled) {
@@ -269,20 +269,22 @@ void EngineImpl::EndExpired(TimePoint now) {
 // What reading the request's prompt will take at least, from the pace of past prompts.
 Duration EngineImpl::PrefillTime(const Request& request) const {
   return std::chrono::duration_cast<Duration>(
-      std::chrono::duration<double>(seconds_per_prompt_token_ * request.prompt_length()));
+      std::chrono::duration<double>(pace_.seconds_per_prompt_token() * request.prompt_length()));
 }
 
 absl::Status EngineImpl::Step() {
   const TimePoint begin = clock_.Now();
-  const std::vector<ScheduledChunk> plan = scheduler_.Schedule(begin);
+  const std::vector<ScheduledChunk> plan = scheduler_.Schedule(begin, &pace_);
   if (plan.empty()) return absl::OkStatus();
+  int started = 0;
   for (const ScheduledChunk& chunk : plan) {
     Request& request = *chunk.sequence->request;
     if (request.first_scheduled) continue;
     request.first_scheduled = begin;
+    ++started;
+    --unstarted_;
     MutexLock lock(mutex_);
-    --waiting_requests_;
-    waiting_tokens_ -= request.prompt_length();
+    admission_.Leave(request.spec.priority, request.prompt_length());
   }
   const PrecisionTarget target = Target();
   MOBI_ASSIGN_OR_RETURN(StepResult result, runner_.Run(plan, target));
@@ -293,7 +295,7 @@ absl::Status EngineImpl::Step() {
   counters_.loaded_bits_sum += result.loaded_bits;
   counters_.last_step_seconds = ToSeconds(now - begin);
   counters_.step_seconds_sum += counters_.last_step_seconds;
-  LearnPace(plan);
+  LearnPace(plan, started);
   return absl::OkStatus();
 }
 
@@ -308,15 +310,17 @@ void EngineImpl::CountCoherent(const StepResult& result) {
   counters_.coherent_bits_sum += result.chunks.front().last_effective_bits;
 }
 
-// Only steps full of prompt tokens tell the pace; it drifts up slowly, so that one lucky step does
-// not count for ever.
-void EngineImpl::LearnPace(absl::Span<const ScheduledChunk> plan) {
+void EngineImpl::LearnPace(absl::Span<const ScheduledChunk> plan, int started) {
+  int decodes = 0;
   int prompt_tokens = 0;
-  for (const ScheduledChunk& chunk : plan) prompt_tokens += chunk.decode ? 0 : chunk.count;
-  if (prompt_tokens * 2 < options_.max_num_batched_tokens) return;
-  const double pace = counters_.last_step_seconds / prompt_tokens;
-  const double known = seconds_per_prompt_token_ * 1.05;
-  seconds_per_prompt_token_ = known == 0 ? pace : std::min(pace, known);
+  for (const ScheduledChunk& chunk : plan) {
+    decodes += chunk.decode ? 1 : 0;
+    prompt_tokens += chunk.decode ? 0 : chunk.count;
+  }
+  pace_.Observe(decodes, prompt_tokens, counters_.last_step_seconds);
+  MutexLock lock(mutex_);
+  admission_.StepEnded(counters_.last_step_seconds, started, unstarted_ > 0,
+                       pace_.seconds_per_prompt_token());
 }
 
 void EngineImpl::Commit(const ChunkResult& result, TimePoint now) {
@@ -416,9 +420,9 @@ void EngineImpl::FinishEnded(TimePoint now) {
   }
   for (const auto& request : ended) {
     if (!request->first_scheduled) {
+      --unstarted_;
       MutexLock lock(mutex_);
-      --waiting_requests_;
-      waiting_tokens_ -= request->prompt_length();
+      admission_.Leave(request->spec.priority, request->prompt_length());
     }
     RequestEnd end;
     end.status = *request->ended;

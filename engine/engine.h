@@ -138,7 +138,13 @@ struct EngineOptions {
   size_t kv_memory_bytes = 256 << 20;  // device memory given to KV blocks
   int max_waiting_requests = 256;
   int max_waiting_tokens = 1 << 18;  // prompt tokens in the queue
+  // Requests that would wait longer, by the pace of those before them, are refused at once; those
+  // that did wait max_queue_wait are ended.
+  Duration max_expected_wait = std::chrono::seconds(2);
   Duration max_queue_wait = std::chrono::seconds(10);
+  // A step takes at most so many times what its decodes alone would: prompts are cut to fit. Lower
+  // is smoother for streams, higher reads prompts sooner; 1 or less: no limit.
+  float max_decode_slowdown = 1.75f;
   // Decode tokens of a step share levels (memory-bound machines); off: every token for itself.
   bool coherent_decode = false;
 };
@@ -186,7 +192,8 @@ class Engine {
   virtual ~Engine() = default;
 
   // INVALID_ARGUMENT: the request can never run (too long, ids out of range).
-  // RESOURCE_EXHAUSTED: the queue is full. UNAVAILABLE: the engine has failed or is stopping.
+  // RESOURCE_EXHAUSTED: the queue is full or would take too long. DEADLINE_EXCEEDED: the deadline
+  // leaves no time for queue and prompt. UNAVAILABLE: the engine has failed or is stopping.
   // On an error the sink is never called.
   virtual absl::StatusOr<RequestId> Submit(GenerationRequest request, TokenSink* sink) = 0;
   // Takes effect before the next step; unknown ids are ignored. The sink hears OnDone.

@@ -42,11 +42,14 @@ void Scheduler::Add(Request& request) {
   }
 }
 
-std::vector<ScheduledChunk> Scheduler::Schedule(TimePoint now) {
+std::vector<ScheduledChunk> Scheduler::Schedule(TimePoint now, const StepPace* pace) {
   std::vector<ScheduledChunk> plan;
   int budget = options_.max_num_batched_tokens;
   const uint64_t preemptions = preemptions_;
   ScheduleDecodes(plan, budget);
+  if (pace != nullptr) {
+    budget = std::min(budget, pace->PromptTokensBeside(static_cast<int>(plan.size())));
+  }
   SchedulePrefills(plan, budget);
   if (preemptions_ > preemptions) {
     // A prompt's growth may have preempted a decode planned before it. And where blocks are short

@@ -16,6 +16,7 @@
 #include "engine/block_allocator.h"
 #include "engine/prefix_cache.h"
 #include "engine/sequence.h"
+#include "engine/step_pace.h"
 
 namespace mobi {
 
@@ -43,8 +44,9 @@ class Scheduler {
   // All sequences of the request wait their turn: by aged priority, then the tenant served least,
   // then arrival.
   void Add(Request& request);
-  // Decodes first, in order of service; then prompts under way, then new ones.
-  std::vector<ScheduledChunk> Schedule(TimePoint now);
+  // Decodes first, in order of service; then prompts under way, then new ones: as many tokens of
+  // them as `pace`, when given, lets run beside the decodes.
+  std::vector<ScheduledChunk> Schedule(TimePoint now, const StepPace* pace = nullptr);
   // After a chunk has run: counts it as computed and shares its full blocks.
   void Computed(const ScheduledChunk& chunk, float kv_bits);
   // Frees what the sequence holds and forgets it; also for sequences that never ran.

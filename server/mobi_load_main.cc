@@ -1,6 +1,8 @@
 // mobi-load: puts a server under an open-loop load and reports what its clients saw.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <optional>
 
 #include "absl/flags/flag.h"
 #include "absl/strings/numbers.h"
@@ -282,8 +284,18 @@ absl::Status Run() {
   std::unique_ptr<BitsWatch> watch;
   if (const std::string admin = absl::GetFlag(FLAGS_admin); !admin.empty()) {
     auto started = BitsWatch::Start(Connect(admin), start, clock);
-    if (!started.ok()) return Prefixed("admin", started.status());
+    if (!started.ok()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("--admin: ", DescribeError(started.status(), admin)));
+    }
     watch = *std::move(started);
+  }
+  const std::string csv_path = absl::GetFlag(FLAGS_csv);
+  std::optional<FileWriter> csv;
+  if (!csv_path.empty()) {
+    auto created = FileWriter::Create(csv_path);
+    if (!created.ok()) return absl::InvalidArgumentError(created.status().message());
+    csv.emplace(*std::move(created));
   }
   std::fprintf(stderr, "%zu requests in %.1f s to %s (%s)\n", plan.arrivals.size(),
                ToSeconds(plan.end), server.c_str(), model.name().c_str());
@@ -302,8 +314,14 @@ absl::Status Run() {
   }
   PrintFirstError(outcomes);
   Print(model, reports, slo);
-  const std::string csv = absl::GetFlag(FLAGS_csv);
-  return csv.empty() ? absl::OkStatus() : WriteFile(csv, ToCsv(outcomes, slo));
+  if (csv) {
+    MOBI_RETURN_IF_ERROR(csv->WriteAt(0, AsBytes(ToCsv(outcomes, slo))));
+    MOBI_RETURN_IF_ERROR(csv->Close());
+  }
+  const bool any = std::any_of(outcomes.begin(), outcomes.end(),
+                               [](const Outcome& outcome) { return outcome.status.ok(); });
+  return any || outcomes.empty() ? absl::OkStatus()
+                                 : absl::FailedPreconditionError("no request ended well");
 }
 
 }  // namespace

@@ -34,7 +34,10 @@ ABSL_FLAG(int, kv_memory_mib, 256, "Memory for the KV cache.");
 ABSL_FLAG(bool, coherent_decode, false, "Decodes of a step share levels; for GPUs.");
 ABSL_FLAG(int, max_waiting_requests, 256, "Queue length; beyond it RESOURCE_EXHAUSTED.");
 ABSL_FLAG(int, max_waiting_tokens, 1 << 18, "Prompt tokens in the queue.");
+ABSL_FLAG(double, max_expected_wait_s, 2, "Refuse at once what would wait longer.");
 ABSL_FLAG(double, max_queue_wait_s, 10, "Longest wait in the queue.");
+ABSL_FLAG(float, max_decode_slowdown, 1.75,
+          "Prompts slow running streams by this at most; 1: any.");
 ABSL_FLAG(double, drain_grace_s, 45, "Time for running requests after SIGTERM.");
 ABSL_FLAG(bool, version, false, "Print the version and exit.");
 
@@ -78,6 +81,8 @@ LoadOptions LoadOptionsFromFlags() {
   engine.coherent_decode = absl::GetFlag(FLAGS_coherent_decode);
   engine.max_waiting_requests = absl::GetFlag(FLAGS_max_waiting_requests);
   engine.max_waiting_tokens = absl::GetFlag(FLAGS_max_waiting_tokens);
+  engine.max_expected_wait = Seconds(absl::GetFlag(FLAGS_max_expected_wait_s));
+  engine.max_decode_slowdown = absl::GetFlag(FLAGS_max_decode_slowdown);
   engine.max_queue_wait = Seconds(absl::GetFlag(FLAGS_max_queue_wait_s));
   return options;
 }
@@ -110,6 +115,8 @@ absl::Status CheckFlags() {
       {"kv_memory_mib", absl::GetFlag(FLAGS_kv_memory_mib)},
       {"max_waiting_requests", absl::GetFlag(FLAGS_max_waiting_requests)},
       {"max_waiting_tokens", absl::GetFlag(FLAGS_max_waiting_tokens)},
+      {"max_expected_wait_s", absl::GetFlag(FLAGS_max_expected_wait_s)},
+      {"max_decode_slowdown", absl::GetFlag(FLAGS_max_decode_slowdown)},
       {"max_queue_wait_s", absl::GetFlag(FLAGS_max_queue_wait_s)},
   };
   for (const auto& [name, value] : positive) {
