@@ -8,9 +8,13 @@
 namespace mobi {
 namespace {
 
-constexpr double kMemorySeconds = 3;
+// The mean stay is over about so many requests.
+constexpr int kMemory = 16;
+// At least, while none has ended.
+constexpr double kFirstGuessSeconds = 1;
+constexpr double kReadingMemorySeconds = 1;
 // Less time than this says nothing about a rate.
-constexpr double kMinSeconds = 0.1;
+constexpr double kMinReadingSeconds = 0.1;
 
 }  // namespace
 
@@ -53,15 +57,20 @@ void Admission::Leave(int priority, int64_t prompt_tokens) {
   waiting_tokens_ -= prompt_tokens;
 }
 
-void Admission::StepEnded(double seconds, int started, bool others_wait,
-                          double seconds_per_prompt_token) {
-  backlog_ = others_wait;
+void Admission::StepEnded(const StepLoad& load, double seconds_per_prompt_token) {
+  busy_seconds_ += load.seconds;
+  last_ = load;
   seconds_per_prompt_token_ = seconds_per_prompt_token;
   // Without a backlog the rate is the clients', not ours.
-  if (!others_wait) return;
-  const double fading = std::exp(-seconds / kMemorySeconds);
-  started_ = started_ * fading + started;
-  seconds_ = seconds_ * fading + seconds;
+  if (!load.others_wait || load.full) return;
+  const double fading = std::exp(-load.seconds / kReadingMemorySeconds);
+  started_ = started_ * fading + load.started;
+  reading_seconds_ = reading_seconds_ * fading + load.seconds;
+}
+
+void Admission::Finished(double seconds) {
+  finished_ = std::min(finished_ + 1, kMemory);
+  mean_stay_ += (seconds - mean_stay_) / finished_;
 }
 
 Duration Admission::ExpectedWait(int priority) const {
@@ -71,9 +80,12 @@ Duration Admission::ExpectedWait(int priority) const {
     ahead.tokens += it->second.tokens;
   }
   double wait = static_cast<double>(ahead.tokens) * seconds_per_prompt_token_;
-  if (backlog_ && seconds_ >= kMinSeconds) {
+  if (last_.others_wait && last_.full) {
+    const double stay = finished_ > 0 ? mean_stay_ : std::max(kFirstGuessSeconds, busy_seconds_);
+    wait = std::max(wait, ahead.requests * stay / std::max(last_.running, 1));
+  } else if (last_.others_wait && reading_seconds_ > kMinReadingSeconds) {
     // One more than was counted: the next may start any moment.
-    wait = std::max(wait, ahead.requests * seconds_ / (started_ + 1));
+    wait = std::max(wait, ahead.requests * reading_seconds_ / (started_ + 1));
   }
   return std::chrono::duration_cast<Duration>(std::chrono::duration<double>(wait));
 }

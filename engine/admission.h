@@ -1,7 +1,8 @@
 // Counts what waits and foretells how long more would have to wait, so that a request that cannot
-// be served in time is refused when it comes and not after it has waited. Little's law: what waits,
-// over the rate at which requests started while others had to wait. Deterministic; not thread-safe,
-// the engine guards it.
+// be served in time is refused when it comes and not after it has waited. Where running requests
+// must end first, Little's law tells the rate: their number over the time each stays; where prompts
+// wait to be read, the rate at which they have started of late does. Deterministic; not
+// thread-safe, the engine guards it.
 #ifndef MOBI_ENGINE_ADMISSION_H_
 #define MOBI_ENGINE_ADMISSION_H_
 
@@ -19,6 +20,15 @@ struct AdmissionOptions {
   Duration max_expected_wait = std::chrono::seconds(2);
 };
 
+// What a step was and what it left.
+struct StepLoad {
+  double seconds = 0;
+  int running = 0;           // requests
+  int started = 0;           // requests that it began to serve
+  bool others_wait = false;  // requests that it did not
+  bool full = false;         // they wait until others end, not only until prompts are read
+};
+
 class Admission {
  public:
   explicit Admission(const AdmissionOptions& options) : options_(options) {}
@@ -30,8 +40,10 @@ class Admission {
   void Enter(int priority, int64_t prompt_tokens);
   void Leave(int priority, int64_t prompt_tokens);
 
-  // After a step: how many requests it started, and whether others had to wait on.
-  void StepEnded(double seconds, int started, bool others_wait, double seconds_per_prompt_token);
+  // After a step.
+  void StepEnded(const StepLoad& load, double seconds_per_prompt_token);
+  // A request that ran has ended, so long after it started.
+  void Finished(double seconds);
 
   // Until a new request of this priority would start: behind those of its priority and above.
   Duration ExpectedWait(int priority) const;
@@ -48,10 +60,13 @@ class Admission {
   std::map<int, Waiting> by_priority_;  // none empty
   int waiting_requests_ = 0;
   int64_t waiting_tokens_ = 0;
-  // Over steps in which requests had to wait, fading: requests started, and time.
+  StepLoad last_;
+  double mean_stay_ = 0;  // seconds, of the requests that ended of late
+  int finished_ = 0;      // as many as count
+  double busy_seconds_ = 0;
+  // Over steps in which prompts waited to be read, fading: requests started, and time.
   double started_ = 0;
-  double seconds_ = 0;
-  bool backlog_ = false;
+  double reading_seconds_ = 0;
   double seconds_per_prompt_token_ = 0;
 };
 

@@ -318,9 +318,14 @@ void EngineImpl::LearnPace(absl::Span<const ScheduledChunk> plan, int started) {
     prompt_tokens += chunk.decode ? 0 : chunk.count;
   }
   pace_.Observe(decodes, prompt_tokens, counters_.last_step_seconds);
+  StepLoad load;
+  load.seconds = counters_.last_step_seconds;
+  load.running = static_cast<int>(requests_.size()) - unstarted_;
+  load.started = started;
+  load.others_wait = unstarted_ > 0;
+  load.full = scheduler_.full();
   MutexLock lock(mutex_);
-  admission_.StepEnded(counters_.last_step_seconds, started, unstarted_ > 0,
-                       pace_.seconds_per_prompt_token());
+  admission_.StepEnded(load, pace_.seconds_per_prompt_token());
 }
 
 void EngineImpl::Commit(const ChunkResult& result, TimePoint now) {
@@ -423,6 +428,10 @@ void EngineImpl::FinishEnded(TimePoint now) {
       --unstarted_;
       MutexLock lock(mutex_);
       admission_.Leave(request->spec.priority, request->prompt_length());
+    }
+    if (request->first_scheduled) {
+      MutexLock lock(mutex_);
+      admission_.Finished(ToSeconds(now - *request->first_scheduled));
     }
     RequestEnd end;
     end.status = *request->ended;

@@ -55,6 +55,7 @@ std::vector<ScheduledChunk> Scheduler::Schedule(TimePoint now, const StepPace* p
     // A prompt's growth may have preempted a decode planned before it. And where blocks are short
     // nothing new starts.
     std::erase_if(plan, [](const ScheduledChunk& chunk) { return chunk.sequence->blocks.empty(); });
+    full_ = true;
   } else {
     Admit(plan, budget, now);
   }
@@ -85,6 +86,7 @@ void Scheduler::SchedulePrefills(std::vector<ScheduledChunk>& plan, int& budget)
 }
 
 void Scheduler::Admit(std::vector<ScheduledChunk>& plan, int& budget, TimePoint now) {
+  full_ = false;
   while (budget > 0 && num_running() < options_.max_num_seqs) {
     const auto next = NextWaiting(now);
     if (next == waiting_.end()) return;
@@ -99,6 +101,7 @@ void Scheduler::Admit(std::vector<ScheduledChunk>& plan, int& budget, TimePoint 
     if (blocks_needed + reserve > allocator_.num_free() ||
         !TryGrow(sequence, sequence.num_computed + count)) {
       ReleaseBlocks(sequence);
+      full_ = true;
       return;  // the first in line waits rather than being overtaken for ever
     }
     prefix_queries_ += static_cast<uint64_t>(sequence.length());
@@ -111,6 +114,7 @@ void Scheduler::Admit(std::vector<ScheduledChunk>& plan, int& budget, TimePoint 
     plan.push_back({&sequence, sequence.num_computed, count, /*decode=*/false});
     budget -= count;
   }
+  full_ = num_running() >= options_.max_num_seqs && !waiting_.empty();
 }
 
 std::vector<Sequence*>::iterator Scheduler::NextWaiting(TimePoint now) {

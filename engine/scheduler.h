@@ -53,6 +53,8 @@ class Scheduler {
   void Remove(Sequence& sequence);
 
   bool idle() const { return running_.empty() && waiting_.empty(); }
+  // The last plan left sequences waiting for others to end, not only for its budget of tokens.
+  bool full() const { return full_; }
   int num_waiting() const { return static_cast<int>(waiting_.size()); }
   int num_running() const { return static_cast<int>(running_.size()); }
   uint64_t preemptions() const { return preemptions_; }
@@ -88,6 +90,7 @@ class Scheduler {
   std::vector<Sequence*> waiting_;
   std::vector<Sequence*> running_;  // in order of service
   absl::flat_hash_map<std::string, Tenant> tenants_;
+  bool full_ = false;
   uint64_t preemptions_ = 0;
   uint64_t prefix_queries_ = 0;
   uint64_t prefix_hits_ = 0;
