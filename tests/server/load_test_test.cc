@@ -110,7 +110,7 @@ TEST(BitsWatch, SeesLoadedBits) {
   EXPECT_EQ(watch.status().code(), absl::StatusCode::kUnimplemented);  // not the admin port
   watch = BitsWatch::Start(Connect(server.admin_address()), clock.Now(), clock);
   ASSERT_TRUE(watch.ok()) << watch.status();
-  RunLoad(server, {Arrival{.at = {}, .prompt_tokens = 4, .new_tokens = 700}});
+  RunLoad(server, {Arrival{.at = {}, .prompt_tokens = 4, .new_tokens = 1500}});
   const auto samples = (*watch)->Stop();
   EXPECT_GE(samples.size(), 2u);
   EXPECT_TRUE(std::any_of(samples.begin(), samples.end(),
