@@ -217,6 +217,7 @@ pid_t SpawnClient(const std::string& address, const std::string& mode, int count
       "serving-bench", "--client=" + address, "--client_mode=" + mode,
       absl::StrCat("--client_count=", count), absl::StrCat("--client_tokens=", tokens)};
   std::vector<char*> argv;
+  argv.reserve(arguments.size() + 1);
   for (std::string& argument : arguments) argv.push_back(argument.data());
   argv.push_back(nullptr);
   pid_t child = 0;
@@ -338,6 +339,7 @@ bool ClientCancels(const std::string& address, int count, int tokens) {
   std::atomic<int> left{count};
   std::atomic<int> bad{0};
   std::vector<std::thread> threads;
+  threads.reserve(kThreads);
   for (int t = 0; t < kThreads; ++t) {
     threads.emplace_back([&, t] {
       std::mt19937 random(t);
