@@ -1,5 +1,4 @@
 // The CUDA backend: memory, one stream, one scratch area, and the checks before each op's launch.
-#include <cublas_v2.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -13,6 +12,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "kernels/backend.h"
+#include "kernels/cuda/cublas.h"
 #include "kernels/cuda/cuda_device.h"
 #include "kernels/cuda/fault.h"
 #include "kernels/cuda/ops.h"
@@ -27,9 +27,7 @@ using cuda::DeviceInfo;
 
 constexpr size_t kScratchBytes = size_t{256} << 20;
 constexpr int kNumCounters = 65536;
-// cuBLAS's own advice for Hopper; it must not allocate during a step.
-constexpr size_t kCublasWorkspaceBytes = size_t{32} << 20;
-// Products of a float model with more tokens than this go to cuBLAS.
+// Products of a float model with more tokens than this go to cuBLAS where there is one.
 constexpr int64_t kOwnDenseTokens = 64;
 
 std::string MiB(size_t bytes) {
@@ -100,7 +98,7 @@ class CudaBackend final : public Backend {
   bool EnterAlone();
   void Launch(const PendingInput& pending);
   bool IsActivation(const Tensor& t) const { return t.dtype == activation_; }
-  void CublasMatmul(const Tensor& x, const Tensor& weight, const Tensor& out);
+  bool HasCublas();
   void Free(void* data) override;
 
   const DeviceInfo device_;
@@ -113,8 +111,8 @@ class CudaBackend final : public Backend {
   std::unique_ptr<cuda::StepGraphs> graphs_;
   std::optional<PendingInput> pending_input_;  // at most one of the two is set
   std::optional<PendingRope> pending_rope_;
-  cublasHandle_t cublas_ = nullptr;  // made by the first op that needs it: float models only
-  void* cublas_workspace_ = nullptr;
+  std::unique_ptr<cuda::Cublas> cublas_;  // loaded by the first op that can use it
+  bool cublas_asked_ = false;
 };
 
 CudaBackend::~CudaBackend() {
@@ -122,8 +120,7 @@ CudaBackend::~CudaBackend() {
   if (stream_ != nullptr) cudaStreamSynchronize(stream_);
   graphs_.reset();
   staging_.reset();
-  if (cublas_ != nullptr) cublasDestroy(cublas_);
-  cudaFree(cublas_workspace_);
+  cublas_.reset();
   cudaFree(context_.counters);
   cudaFree(context_.scratch);
   if (stream_ != nullptr) cudaStreamDestroy(stream_);
@@ -317,39 +314,23 @@ void CudaBackend::SlicedMatmul(Tensor x, const SlicedWeight& weight, const uint8
                "SlicedMatmul");
 }
 
+bool CudaBackend::HasCublas() {
+  if (!cublas_asked_) cublas_ = cuda::Cublas::Load(stream_);
+  cublas_asked_ = true;
+  return cublas_ != nullptr;
+}
+
 void CudaBackend::DenseMatmul(Tensor x, Tensor weight, Tensor out) {
   if (!EnterAlone() || out.rows == 0) return;
   if (!fault_.Require(IsActivation(x) && (out.dtype == DType::kF32 || IsActivation(out)),
                       "DenseMatmul: types")) {
     return;
   }
-  if (out.rows > kOwnDenseTokens && IsActivation(weight) && IsActivation(out)) {
-    return CublasMatmul(x, weight, out);
+  if (out.rows > kOwnDenseTokens && IsActivation(weight) && IsActivation(out) && HasCublas()) {
+    fault_.Check(cublas_->Matmul(x, weight, out), "DenseMatmul");
+    return;
   }
   fault_.Check(cuda::LaunchDenseMatmul(context_, x, weight, out), "DenseMatmul");
-}
-
-void CudaBackend::CublasMatmul(const Tensor& x, const Tensor& weight, const Tensor& out) {
-  if (cublas_ == nullptr) {
-    if (!fault_.Check(cublasCreate(&cublas_), "create") ||
-        !fault_.Check(cudaMalloc(&cublas_workspace_, kCublasWorkspaceBytes), "cuBLAS workspace") ||
-        !fault_.Check(cublasSetStream(cublas_, stream_), "stream") ||
-        !fault_.Check(cublasSetWorkspace(cublas_, cublas_workspace_, kCublasWorkspaceBytes),
-                      "workspace") ||
-        !fault_.Check(cublasSetMathMode(cublas_, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION),
-                      "math mode")) {
-      return;
-    }
-  }
-  const cudaDataType_t type = activation_ == DType::kF16 ? CUDA_R_16F : CUDA_R_16BF;
-  const float one = 1, zero = 0;
-  // cuBLAS counts columns first: out^T [rows, tokens] = weight x^T.
-  fault_.Check(cublasGemmEx(cublas_, CUBLAS_OP_T, CUBLAS_OP_N, static_cast<int>(weight.rows),
-                            static_cast<int>(out.rows), static_cast<int>(weight.cols), &one,
-                            weight.data, type, static_cast<int>(weight.stride), x.data, type,
-                            static_cast<int>(x.stride), &zero, out.data, type,
-                            static_cast<int>(out.stride), CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
-               "DenseMatmul");
 }
 
 void CudaBackend::RopeAndWriteKv(Tensor qkv, const RopeTable& rope, const int32_t* positions,

@@ -26,7 +26,8 @@ class Fault {
   }
   bool Check(cublasStatus_t error, const char* what) {
     if (error == CUBLAS_STATUS_SUCCESS) return true;
-    Set(absl::InternalError(absl::StrCat("cuBLAS: ", what, ": ", cublasGetStatusName(error))));
+    Set(absl::InternalError(
+        absl::StrCat("cuBLAS: ", what, ": ", "status ", static_cast<int>(error))));
     return false;
   }
   // A call of an op that its kernels cannot serve.
