@@ -1,11 +1,13 @@
 // Model::Load: from the host views of a weight source to tensors in the backend's memory. Linears
 // that share an input are stacked by rows, so that one op reads them all.
+#include <algorithm>
 #include <cstring>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "engine/base/status_macros.h"
 #include "engine/model.h"
 #include "engine/rope.h"
@@ -29,6 +31,8 @@ std::vector<float> ToFloat(const HostTensor& tensor) {
   return values;
 }
 
+double ToMiB(size_t bytes) { return static_cast<double>(bytes) / 1048576; }
+
 bool IsFloat(DType dtype) {
   return dtype == DType::kF32 || dtype == DType::kF16 || dtype == DType::kBF16;
 }
@@ -46,6 +50,7 @@ class ModelLoader {
 
   absl::StatusOr<std::unique_ptr<Model>> Load(const Model::Progress& progress) {
     const ModelConfig& config = model_->config_;
+    MOBI_RETURN_IF_ERROR(CheckMemory());
     MOBI_RETURN_IF_ERROR(LoadRope());
     MOBI_ASSIGN_OR_RETURN(model_->embedding_, Dense("model.embed_tokens.weight", config.vocab_size,
                                                     config.hidden_size));
@@ -66,6 +71,37 @@ class ModelLoader {
   }
 
  private:
+  // What the weights will take, near enough to refuse what cannot fit before anything is moved.
+  absl::StatusOr<size_t> WeightBytes() const {
+    const ModelConfig& config = model_->config_;
+    const size_t element = std::min(SizeOf(backend_.activation_dtype()), sizeof(uint16_t));
+    const size_t embedding = element * config.vocab_size * config.hidden_size;
+    size_t layer = 0;
+    for (const RoutedGroup& group : RoutedGroupsOfLayer(config, 0)) {
+      const int64_t cols = group.linears.front().cols;
+      for (const LinearShape& linear : group.linears) {
+        layer += model_->routed_ ? kNumSlices * SliceBytes(linear.rows, cols) +
+                                       kNumLevels * ScaleBytes(linear.rows, cols)
+                                 : element * linear.rows * cols;
+      }
+      if (!model_->routed_) continue;
+      MOBI_ASSIGN_OR_RETURN(
+          const RouterTensors router,
+          source_.RouterOf(group.router, static_cast<int>(group.linears.size()), cols));
+      layer += router.w1.bytes.size();
+    }
+    return embedding * (config.tie_word_embeddings ? 1 : 2) + layer * config.num_hidden_layers;
+  }
+
+  absl::Status CheckMemory() const {
+    MOBI_ASSIGN_OR_RETURN(const size_t needed, WeightBytes());
+    const MemoryInfo memory = backend_.memory();
+    if (memory.total == 0 || needed <= memory.free) return absl::OkStatus();
+    return absl::ResourceExhaustedError(absl::StrFormat(
+        "%s: the weights need %.1f MiB, %.1f of %.1f MiB are free on %s", source_.name(),
+        ToMiB(needed), ToMiB(memory.free), ToMiB(memory.total), backend_.description()));
+  }
+
   // A piece of backend memory that lives as long as the model.
   absl::StatusOr<std::byte*> Allocate(size_t bytes, std::string_view what) {
     MOBI_ASSIGN_OR_RETURN(Buffer buffer, backend_.Allocate(bytes, what));

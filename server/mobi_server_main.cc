@@ -11,6 +11,8 @@
 #include "engine/base/clock.h"
 #include "engine/base/flags.h"
 #include "engine/base/status_macros.h"
+#include "engine/kv_cache.h"
+#include "engine/model.h"
 #include "server/load_model.h"
 #include "server/mobi_server.h"
 #include "server/transport.h"
@@ -59,6 +61,8 @@ int Fail(int code, const absl::Status& status) {
   std::fprintf(stderr, "mobi-server: %s\n", std::string(status.message()).c_str());
   return code;
 }
+
+double ToMiB(size_t bytes) { return static_cast<double>(bytes) / (1 << 20); }
 
 Duration Seconds(double seconds) {
   return std::chrono::duration_cast<Duration>(std::chrono::duration<double>(seconds));
@@ -140,6 +144,24 @@ absl::Status CheckFlags() {
   return absl::OkStatus();
 }
 
+// One line a second while weights move to the device.
+class LoadProgress {
+ public:
+  explicit LoadProgress(const Clock& clock) : clock_(clock), last_(clock.Now()) {}
+
+  void OnLayer(int done, int total) {
+    const TimePoint now = clock_.Now();
+    if (now - last_ < std::chrono::seconds(1)) return;
+    last_ = now;
+    std::printf("loading  %d of %d layers\n", done, total);
+    std::fflush(stdout);
+  }
+
+ private:
+  const Clock& clock_;
+  TimePoint last_;
+};
+
 void Announce(const ServedModel& model, const ServerOptions& options, double seconds,
               const std::string& program) {
   const ModelInfo& info = model.info;
@@ -151,9 +173,13 @@ void Announce(const ServedModel& model, const ServerOptions& options, double sec
               static_cast<double>(info.num_parameters) * 1e-6, bits.c_str(),
               model.engine->max_model_len(), model.chat_template ? "text and chat" : "text");
   std::printf("device   %s: %s\n", info.backend.c_str(), info.device.c_str());
-  std::printf("memory   %.1f MiB weights, %d KV blocks of %d tokens\n",
-              static_cast<double>(model.model->weight_bytes()) / (1 << 20), stats.num_kv_blocks,
-              info.engine_options.block_size);
+  const int block_size = info.engine_options.block_size;
+  const size_t kv_bytes =
+      stats.num_kv_blocks *
+      KvCache::BlockBytes(info.config, block_size, model.backend->activation_dtype());
+  std::printf("memory   %.1f MiB weights, %.1f MiB in %d KV blocks of %d tokens, %.1f MiB free\n",
+              ToMiB(model.model->weight_bytes()), ToMiB(kv_bytes), stats.num_kv_blocks, block_size,
+              ToMiB(model.backend->memory().free));
   std::printf("ports    data %s, admin %s, metrics http://%s/metrics\n", options.listen.c_str(),
               options.admin_listen.c_str(), options.metrics_listen.c_str());
   const std::string mobictl = (std::filesystem::path(program).parent_path() / "mobictl").string();
@@ -198,10 +224,11 @@ int Serve(const std::string& program) {
   }
   std::printf("mobi-server %s loads %s\n", kServerVersion, load.dir.c_str());
   std::fflush(stdout);
-  auto model = LoadModel(load, *std::move(opened), clock, [](int, int) {});
+  LoadProgress progress(clock);
+  auto model = LoadModel(load, *std::move(opened), clock,
+                         [&](int done, int total) { progress.OnLayer(done, total); });
   if (!model.ok()) {
-    return Fail(absl::IsInvalidArgument(model.status()) ? kExitUsage : kExitFailure,
-                model.status());
+    return Fail(absl::IsInternal(model.status()) ? kExitFailure : kExitUsage, model.status());
   }
   const ServedModel& served = **model;
   (*server)->Serve(*std::move(model));
