@@ -11,6 +11,7 @@
 #include "kernels/cpu/reference_ops.h"
 #include "kernels/cpu/route.h"
 #include "kernels/cpu/sampling.h"
+#include "kernels/cpu/simd_name.h"
 #include "kernels/cpu/sliced_matmul.h"
 #include "kernels/cpu/thread_pool.h"
 #include "kernels/cpu/workspace.h"
@@ -100,7 +101,7 @@ class SimdBackend final : public HostBackend {
 
   std::string_view name() const override { return "cpu"; }
   std::string description() const override {
-    return absl::StrCat("CPU, ", "SIMD", ", ", pool_.num_threads(),
+    return absl::StrCat("CPU, ", cpu::SimdName(), ", ", pool_.num_threads(),
                         pool_.num_threads() == 1 ? " thread" : " threads");
   }
 
