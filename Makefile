@@ -27,9 +27,9 @@ serve: configure ## Build the server and mobictl, then serve MODEL (the demo by 
 test: build ## Build, then run every test; GPU tests skip where there is no GPU
 	@ctest --test-dir build/release --output-on-failure -j $(JOBS) $(TEST_FLAGS)
 
-bench: build ## Time a decode step on the CPU, at two layers of Llama-3.2-1B
-	@build/release/bin/decode-breakdown --device cpu --layers 2 --hidden 2048 --intermediate 8192 \
-		--heads 32 --kv_heads 8 --head_dim 64 --vocab 128256 --repeats 10
+bench: build ## Time decode steps and linears on the CPU, at four layers of Llama-3.2-1B
+	@build/release/bin/mobi-bench step --layers 4
+	@build/release/bin/mobi-bench linears --layers 4
 
 asan tsan: deps ## Unit tests under AddressSanitizer + UBSan, or under ThreadSanitizer
 	@cmake --preset $@ >build/configure-$@.log 2>&1 || { cat build/configure-$@.log; exit 1; }

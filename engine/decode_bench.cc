@@ -1,0 +1,125 @@
+#include "engine/decode_bench.h"
+
+#include <cmath>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "engine/base/status_macros.h"
+#include "engine/kv_cache.h"
+#include "engine/precision.h"
+
+namespace mobi {
+namespace {
+
+// log(price) is searched this far to both sides of the table's.
+constexpr float kTrimRange = 64;
+constexpr int kSearchSteps = 16;
+constexpr double kBitsTolerance = 0.02;
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<DecodeBench>> DecodeBench::Create(const DecodeBenchOptions& options,
+                                                                 const Model& model,
+                                                                 const WeightSource& source) {
+  if (options.context < 1 || options.context > model.max_positions()) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "context ", options.context, " is not within 1 and the model's ", model.max_positions()));
+  }
+  Backend& backend = model.backend();
+  EngineOptions engine;
+  engine.block_size = options.block_size;
+  engine.max_num_seqs = engine.max_num_batched_tokens = options.max_seqs;
+  engine.coherent_decode = options.coherent;
+  const int blocks = (options.context + options.block_size - 1) / options.block_size;
+  MOBI_ASSIGN_OR_RETURN(KvCache kv, KvCache::Create(model.config(), options.max_seqs * blocks,
+                                                    options.block_size, backend));
+  const auto token = source.price_table();
+  const auto coherent =
+      source.coherent_price_table().empty() ? token : source.coherent_price_table();
+  const Prices prices{PriceTable({token.begin(), token.end()}),
+                      PriceTable({coherent.begin(), coherent.end()})};
+  MOBI_ASSIGN_OR_RETURN(StepRunner runner, StepRunner::Create(engine, options.context, model,
+                                                              prices, std::move(kv), backend));
+  std::unique_ptr<DecodeBench> bench(new DecodeBench(options, model, std::move(runner)));
+  bench->MakeSequences();
+  return bench;
+}
+
+void DecodeBench::MakeSequences() {
+  const int blocks = (options_.context + options_.block_size - 1) / options_.block_size;
+  request_.spec.prompt = {0};
+  request_.spec.max_new_tokens = 1;
+  request_.spec.sampling.temperature = 0;
+  request_.sequences.resize(options_.max_seqs);
+  for (int i = 0; i < options_.max_seqs; ++i) {
+    Sequence& sequence = request_.sequences[i];
+    sequence.request = &request_;
+    sequence.index = i;
+    sequence.num_computed = options_.context - 1;
+    for (int t = 0; t < options_.context; ++t) {
+      sequence.tokens.push_back((i * 7919 + t * 104729) % model_.config().vocab_size);
+    }
+    for (int b = 0; b < blocks; ++b) sequence.blocks.push_back(i * blocks + b);
+  }
+}
+
+absl::Status DecodeBench::Set(int num_seqs, float bits) {
+  num_seqs_ = num_seqs;
+  target_.target_bits = bits;
+  target_.log_price_trim = target_.coherent_log_price_trim = 0;
+  const auto level = static_cast<int>(bits) / kSliceBits;
+  const bool is_level = level >= 1 && level <= kNumLevels && BitsOfLevel(level) == bits;
+  request_.spec.precision.level = is_level ? level : 0;
+  if (!model_.routed() || is_level) return Run();
+  const auto set_trim = [&](float trim) {
+    target_.log_price_trim = target_.coherent_log_price_trim = trim;
+    return Run();
+  };
+  const auto [found, is_new] = trims_.try_emplace({num_seqs, bits}, 0.0f);
+  if (!is_new) return set_trim(found->second);
+  // A higher price never reads more.
+  float low = -kTrimRange, high = kTrimRange;
+  for (int i = 0; i < kSearchSteps; ++i) {
+    MOBI_RETURN_IF_ERROR(set_trim(found->second));
+    if (std::abs(effective_bits_ - bits) < kBitsTolerance) break;
+    (effective_bits_ > bits ? low : high) = found->second;
+    found->second = (low + high) / 2;
+  }
+  return set_trim(found->second);
+}
+
+absl::Status DecodeBench::Run() {
+  std::vector<ScheduledChunk> plan;
+  plan.reserve(static_cast<size_t>(num_seqs_));
+  for (int i = 0; i < num_seqs_; ++i) {
+    plan.push_back({&request_.sequences[i], options_.context - 1, 1, /*decode=*/true});
+  }
+  MOBI_ASSIGN_OR_RETURN(const StepResult result, runner_.Run(plan, target_));
+  effective_bits_ = 0;
+  for (const ChunkResult& chunk : result.chunks) effective_bits_ += chunk.last_effective_bits;
+  effective_bits_ /= static_cast<double>(result.chunks.size());
+  loaded_bits_ = result.loaded_bits;
+  return absl::OkStatus();
+}
+
+double DecodeBench::StepBytes() const {
+  const ModelConfig& config = model_.config();
+  double linears = 0;
+  for (const DecoderLayer& layer : model_.layers()) {
+    for (const Linear& linear : layer.linears) {
+      if (linear.routed.has_value()) {
+        const SlicedWeight& weight = linear.routed->weight;
+        linears += static_cast<double>(weight.rows * weight.cols) * loaded_bits_ / 8;
+      } else {
+        linears += static_cast<double>(linear.dense.rows * linear.dense.cols) *
+                   static_cast<double>(SizeOf(linear.dense.dtype));
+      }
+    }
+  }
+  const DType dtype = model_.backend().activation_dtype();
+  const double head = 2.0 * config.vocab_size * config.hidden_size;
+  const double kv = static_cast<double>(KvCache::BlockBytes(config, 1, dtype)) * options_.context;
+  return linears + head + kv * num_seqs_;
+}
+
+}  // namespace mobi

@@ -1,0 +1,65 @@
+// Decode steps of a loaded model, made up so that they can be timed: any number of sequences with a
+// full context each, at any average bits. Runs the very steps that the engine runs, uploads and
+// results included. For mobi-bench, and for a server that wants to know its own step latency.
+// One thread; the model and its backend must not be in use elsewhere meanwhile.
+#ifndef MOBI_ENGINE_DECODE_BENCH_H_
+#define MOBI_ENGINE_DECODE_BENCH_H_
+
+#include <map>
+#include <memory>
+#include <utility>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "engine/model.h"
+#include "engine/step_runner.h"
+#include "engine/weight_source.h"
+
+namespace mobi {
+
+struct DecodeBenchOptions {
+  int max_seqs = 1;
+  int context = 512;  // tokens that each step attends to, its own included
+  int block_size = 16;
+  bool coherent = false;  // decodes share levels, see EngineOptions::coherent_decode
+};
+
+class DecodeBench {
+ public:
+  // Of `source` only the price table is read, now. RESOURCE_EXHAUSTED says what does not fit.
+  static absl::StatusOr<std::unique_ptr<DecodeBench>> Create(const DecodeBenchOptions& options,
+                                                             const Model& model,
+                                                             const WeightSource& source);
+
+  // From now on steps have `num_seqs` sequences, at most max_seqs, and use `bits` on average: 2, 4,
+  // 6 and 8 read one level everywhere, between them the price is searched that comes nearest. Runs
+  // a few steps for that.
+  absl::Status Set(int num_seqs, float bits);
+  // One step, waited for.
+  absl::Status Run();
+
+  // Of the last step: mean over its tokens, and per weight moved (ranges and offsets included).
+  double effective_bits() const { return effective_bits_; }
+  double loaded_bits() const { return loaded_bits_; }
+  // Bytes that such a step has to move at least: linears at their levels, lm_head, the KV cache.
+  double StepBytes() const;
+
+ private:
+  DecodeBench(const DecodeBenchOptions& options, const Model& model, StepRunner runner)
+      : options_(options), model_(model), runner_(std::move(runner)) {}
+  void MakeSequences();
+
+  const DecodeBenchOptions options_;
+  const Model& model_;
+  StepRunner runner_;
+  Request request_;  // its sequences are the batch
+  PrecisionTarget target_;
+  int num_seqs_ = 0;
+  std::map<std::pair<int, float>, float> trims_;  // log price found for sequences and bits
+  double effective_bits_ = 0;
+  double loaded_bits_ = 0;
+};
+
+}  // namespace mobi
+
+#endif  // MOBI_ENGINE_DECODE_BENCH_H_

@@ -1,0 +1,80 @@
+#include "engine/decode_bench.h"
+
+#include <gtest/gtest.h>
+
+#include "engine/synthetic_weights.h"
+
+namespace mobi {
+namespace {
+
+class DecodeBenchTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    auto config = ConfigOfShape("llama-3.2-1b");
+    config->vocab_size = 512;
+    config->hidden_size = 128;
+    config->intermediate_size = 256;
+    config->num_hidden_layers = 6;
+    config->num_attention_heads = 4;
+    config->num_key_value_heads = 2;
+    config->head_dim = 32;
+    auto weights = SyntheticWeights::Create("synthetic", *config, {});
+    ASSERT_TRUE(weights.ok()) << weights.status();
+    weights_ = std::make_unique<SyntheticWeights>(*std::move(weights));
+    backend_ = CreateCpuBackend({.num_threads = 1});
+    auto model = Model::Load(*weights_, *backend_, kContext, nullptr);
+    ASSERT_TRUE(model.ok()) << model.status();
+    model_ = *std::move(model);
+  }
+
+  std::unique_ptr<DecodeBench> Create(bool coherent) {
+    auto bench = DecodeBench::Create({.max_seqs = 4, .context = kContext, .coherent = coherent},
+                                     *model_, *weights_);
+    EXPECT_TRUE(bench.ok()) << bench.status();
+    return *std::move(bench);
+  }
+
+  static constexpr int kContext = 33;  // the last block holds one token
+  std::unique_ptr<SyntheticWeights> weights_;
+  std::unique_ptr<Backend> backend_;
+  std::unique_ptr<Model> model_;
+};
+
+TEST_F(DecodeBenchTest, WholeLevelsAreReadExactly) {
+  const auto bench = Create(/*coherent=*/true);
+  for (const int sequences : {1, 4}) {
+    double bytes = 0;
+    for (const float bits : {2.0f, 4.0f, 6.0f, 8.0f}) {
+      ASSERT_TRUE(bench->Set(sequences, bits).ok());
+      ASSERT_TRUE(bench->Run().ok());
+      EXPECT_FLOAT_EQ(bench->effective_bits(), bits);
+      // A range and an offset in 16 bits for every 128 weights come on top.
+      EXPECT_FLOAT_EQ(bench->loaded_bits(), bits + 32.0 / 128);
+      EXPECT_GT(bench->StepBytes(), bytes);
+      bytes = bench->StepBytes();
+    }
+  }
+}
+
+TEST_F(DecodeBenchTest, BitsBetweenLevelsComeNear) {
+  for (const bool coherent : {false, true}) {
+    const auto bench = Create(coherent);
+    for (const int sequences : {1, 4, 1}) {
+      for (const float bits : {2.5f, 3.0f, 5.0f, 7.0f}) {
+        ASSERT_TRUE(bench->Set(sequences, bits).ok());
+        EXPECT_NEAR(bench->effective_bits(), bits, 0.4) << sequences << " sequences";
+        const double found = bench->effective_bits();
+        ASSERT_TRUE(bench->Run().ok());
+        EXPECT_EQ(bench->effective_bits(), found);
+      }
+    }
+  }
+}
+
+TEST_F(DecodeBenchTest, AContextBeyondTheModelsIsRefused) {
+  const auto bench = DecodeBench::Create({.context = kContext + 1}, *model_, *weights_);
+  EXPECT_EQ(bench.status().code(), absl::StatusCode::kInvalidArgument);
+}
+
+}  // namespace
+}  // namespace mobi
