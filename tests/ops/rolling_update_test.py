@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from named_metrics import FILES  # noqa: E402
@@ -28,26 +29,30 @@ PRE_STOP_S = 1.5
 class Proxy:
     def __init__(self):
         WORK.mkdir(parents=True, exist_ok=True)
-        self.port, = free_ports(1)
+        self.port, self.api_port = free_ports(2)
         self.config = WORK / "nghttpx.conf"
         self.log = open(WORK / "nghttpx.log", "w")
 
-    def write(self, servers):
-        lines = [f"include={FILES / 'nghttpx-limits.conf'}", f"errorlog-file={WORK / 'errors'}",
-                 f"frontend=127.0.0.1,{self.port};no-tls"]
-        lines += [f"backend={s.data.replace(':', ',')};;proto=h2" for s in servers]
-        self.config.write_text("\n".join(lines) + "\n")
+    def backends(self, servers):
+        return [f"backend={s.data.replace(':', ',')};;proto=h2" for s in servers]
 
     def start(self, servers):
-        self.write(servers)
+        lines = [f"include={FILES / 'nghttpx-limits.conf'}", f"errorlog-file={WORK / 'errors'}",
+                 f"frontend=127.0.0.1,{self.port};no-tls",
+                 f"frontend=127.0.0.1,{self.api_port};no-tls;api", *self.backends(servers)]
+        self.config.write_text("\n".join(lines) + "\n")
         self.process = subprocess.Popen(["nghttpx", f"--conf={self.config}"], stdout=self.log,
                                         stderr=self.log)
         wait_until(lambda: socket.create_connection(("127.0.0.1", self.port), 1),
                    "the proxy listens")
 
-    def reload(self, servers):
-        self.write(servers)
-        self.process.send_signal(signal.SIGHUP)
+    def use(self, servers):
+        """Through the proxy's API, which leaves the clients' connections alone."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.api_port}/api/v1beta1/backendconfig", method="PUT",
+            data="".join(line + "\n" for line in self.backends(servers)).encode())
+        with urllib.request.urlopen(request, timeout=10) as reply:
+            assert reply.status == 200
 
     def stop(self):
         self.process.send_signal(signal.SIGTERM)
@@ -90,14 +95,14 @@ def roll(proxy, load, servers):
     """Replaces each of the servers; returns how many requests each old one served."""
     served = []
     for index, old in enumerate(list(servers)):
-        proxy.reload([s for s in servers if s is not old])
+        proxy.use([s for s in servers if s is not old])
         time.sleep(PRE_STOP_S)
         served.append(ok_requests(old))
         old.terminate()
         load.wait_for_more(2 * CLIENTS)
         assert old.wait(60) == 0, "the drained server must exit with 0"
         servers[index] = Server(BIN, ports=ports_of(old))
-        proxy.reload(servers)
+        proxy.use(servers)
         load.wait_for_more(2 * CLIENTS)
     return served
 
