@@ -57,6 +57,8 @@ struct GenerationRequest {
   bool ignore_eos = false;
   int top_logprobs = 0;  // per completion token, 0..kMaxTopLogprobs
   bool prompt_logprobs = false;
+  // Reads the prompt one token a step, routed as a decode is: scores text as decoding would.
+  bool prompt_as_decodes = false;
   int prompt_top_logprobs = 0;  // per prompt token, with prompt_logprobs
   int priority = 0;             // higher goes first
   TimePoint deadline = TimePoint::max();

@@ -23,6 +23,13 @@ bool Decodes(const Sequence& s) {
   return s.uncomputed() == 1 && s.length() > s.request->prompt_length();
 }
 
+bool ReadsAsDecodes(const Sequence& s) { return s.request->spec.prompt_as_decodes; }
+
+// Of a prompt, in the next step.
+int PromptTokens(const Sequence& s, int budget) {
+  return ReadsAsDecodes(s) ? 1 : std::min(s.uncomputed(), budget);
+}
+
 }  // namespace
 
 void Scheduler::Add(Request& request) {
@@ -78,9 +85,9 @@ void Scheduler::SchedulePrefills(std::vector<ScheduledChunk>& plan, int& budget)
   for (Sequence* sequence : order) {
     if (budget == 0) break;
     if (Decodes(*sequence) || sequence->blocks.empty()) continue;
-    const int count = std::min(sequence->uncomputed(), budget);
+    const int count = PromptTokens(*sequence, budget);
     if (!Grow(*sequence, sequence->num_computed + count)) continue;
-    plan.push_back({sequence, sequence->num_computed, count, /*decode=*/false});
+    plan.push_back({sequence, sequence->num_computed, count, ReadsAsDecodes(*sequence)});
     budget -= count;
   }
 }
@@ -92,7 +99,7 @@ void Scheduler::Admit(std::vector<ScheduledChunk>& plan, int& budget, TimePoint 
     if (next == waiting_.end()) return;
     Sequence& sequence = **next;
     FindPrefix(sequence);
-    const int count = std::min(sequence.uncomputed(), budget);
+    const int count = PromptTokens(sequence, budget);
     // The whole prompt must fit beside one more block for every running sequence, so that what is
     // admitted is not preempted at once.
     const int blocks_needed = (sequence.length() + options_.block_size - 1) / options_.block_size -
@@ -111,7 +118,7 @@ void Scheduler::Admit(std::vector<ScheduledChunk>& plan, int& budget, TimePoint 
     }
     waiting_.erase(next);
     InsertRunning(&sequence);
-    plan.push_back({&sequence, sequence.num_computed, count, /*decode=*/false});
+    plan.push_back({&sequence, sequence.num_computed, count, ReadsAsDecodes(sequence)});
     budget -= count;
   }
   full_ = num_running() >= options_.max_num_seqs && !waiting_.empty();

@@ -33,7 +33,7 @@ struct ScheduledChunk {
   Sequence* sequence = nullptr;
   int begin = 0;
   int count = 0;
-  bool decode = false;  // one token, the last known one
+  bool decode = false;  // one token, routed with the other decodes of the step
 };
 
 class Scheduler {
