@@ -1,14 +1,33 @@
 #include "calibrator/block_calibration.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "calibrator/linear_algebra.h"
 #include "calibrator/parallel.h"
 #include "calibrator/statistics.h"
+#include "calibrator/vector_math.h"
 #include "engine/base/status_macros.h"
 
 namespace mobi {
 namespace {
+
+constexpr int64_t kStatisticsParts = 16, kPartedCols = 4096;
+
+std::vector<float> MeanSquares(ConstMatrixView x) {
+  std::vector<double> sums(static_cast<size_t>(x.cols));
+  for (int64_t t = 0; t < x.rows; ++t) {
+    for (int64_t j = 0; j < x.cols; ++j) sums[j] += x.Row(t)[j] * x.Row(t)[j];
+  }
+  std::vector<float> means;
+  for (const double sum : sums)
+    means.push_back(static_cast<float>(sum / static_cast<double>(x.rows)));
+  return means;
+}
+
+bool AddsToResidual(LinearGroup group) {
+  return group == LinearGroup::kO || group == LinearGroup::kDown;
+}
 
 // Where one linear group's inputs and, for o and down, its place in the residual stream are.
 class BlockPass {
@@ -22,13 +41,15 @@ class BlockPass {
         streams_(streams),
         inputs_(1 + streams.hidden.size()) {}
 
-  // Computes every stream's input of `group` from the group before it, whose fit is `previous`.
+  // Computes every stream's input of `group` from the group before it, whose fit is `previous`;
+  // the float residual stream is taken behind `group` at once, for the others to aim at.
   void Advance(LinearGroup group, const NestedWeight* previous);
   // Adds the fitted down projection's output to the residual streams.
   void Finish(const NestedWeight& down);
   absl::StatusOr<FittingProblem> Problem(LinearGroup group) const;
 
  private:
+  StreamStatistics Statistics(int64_t stream, int64_t cols, int64_t residual_rows) const;
   int64_t num_streams() const { return static_cast<int64_t>(inputs_.size()); }
   int64_t num_sequences() const { return streams_.float_hidden.rows() / streams_.seq_len; }
   // Stream 0 is the float model.
@@ -60,7 +81,7 @@ void BlockPass::AdvanceSequence(LinearGroup group, int64_t stream, int64_t seque
       break;
     }
     case LinearGroup::kGateUp:
-      MultiplyTransposed(input, *weight, hidden, 1, 1);
+      if (stream > 0) MultiplyTransposed(input, *weight, hidden, 1, 1);
       RmsNorm(hidden, weights_.post_attention_norm, config_.rms_norm_eps, out);
       break;
     case LinearGroup::kDown: {
@@ -95,45 +116,73 @@ void BlockPass::Advance(LinearGroup group, const NestedWeight* previous) {
     });
     inputs_[s] = std::move(out);
   }
+  if (!AddsToResidual(group)) return;
+  ParallelFor(options_.num_threads, num_sequences(), [&](int64_t sequence) {
+    MultiplyTransposed(ConstMatrixView(inputs_[0]).Rows(sequence * length, length),
+                       weights_.of(group),
+                       MatrixView(streams_.float_hidden).Rows(sequence * length, length), 1, 1);
+  });
 }
 
 void BlockPass::Finish(const NestedWeight& down) {
-  for (int64_t s = 0; s < num_streams(); ++s) {
-    const Matrix dequantized = s == 0 ? Matrix() : Dequantize(down, options_.stream_levels[s - 1]);
-    const Matrix& weight = s == 0 ? weights_.of(LinearGroup::kDown) : dequantized;
+  for (int64_t s = 1; s < num_streams(); ++s) {
+    const Matrix weight = Dequantize(down, options_.stream_levels[s - 1]);
     MultiplyTransposed(inputs_[s], weight, Hidden(s), 1, 1);
   }
+}
+
+// Sequences are summed in a fixed number of parts, so that sums do not depend on the threads. Wide
+// inputs are summed in one part: its matrices are large, and its products keep every thread busy.
+StreamStatistics BlockPass::Statistics(int64_t stream, int64_t cols, int64_t residual_rows) const {
+  const int64_t length = streams_.seq_len;
+  const int64_t parts = cols > kPartedCols ? 1 : std::min(kStatisticsParts, num_sequences());
+  std::vector<StreamStatistics> sums(static_cast<size_t>(parts),
+                                     StreamStatistics(cols, residual_rows));
+  ParallelFor(options_.num_threads, parts, [&](int64_t part) {
+    Matrix wanted(residual_rows > 0 ? length : 0, residual_rows);
+    const int64_t end = (part + 1) * num_sequences() / parts;
+    for (int64_t i = part * num_sequences() / parts; i < end; ++i) {
+      const int64_t first = i * length;
+      const ConstMatrixView input = ConstMatrixView(inputs_[stream]).Rows(first, length);
+      if (stream == 0) {
+        sums[part].Add(input);
+      } else if (residual_rows == 0) {
+        sums[part].Add(input, ConstMatrixView(inputs_[0]).Rows(first, length));
+      } else {
+        std::copy_n(streams_.float_hidden.Row(first), wanted.size(), wanted.data());
+        AddScaled(wanted.data(), streams_.hidden[stream - 1].Row(first), -1, wanted.size());
+        sums[part].AddWanted(input, wanted);
+      }
+    }
+  });
+  for (int64_t part = 1; part < parts; ++part) sums[0].Add(sums[part]);
+  return std::move(sums[0]);
 }
 
 absl::StatusOr<FittingProblem> BlockPass::Problem(LinearGroup group) const {
   FittingProblem problem;
   problem.weight = weights_.of(group);
-  const bool residual = group == LinearGroup::kO || group == LinearGroup::kDown;
-  const int64_t length = streams_.seq_len, cols = problem.cols();
-  Matrix float_gram(cols, cols);
-  AddGram(inputs_[0], float_gram, 1.0f / static_cast<float>(inputs_[0].rows()));
-  for (int64_t j = 0; j < cols; ++j) problem.importance.push_back(float_gram(j, j));
-  for (int64_t s = 1; s < num_streams(); ++s) {
-    StreamStatistics statistics(cols, residual ? problem.rows() : 0);
-    Matrix gap(residual ? length : 0, problem.rows());
-    for (int64_t first = 0; first < inputs_[s].rows(); first += length) {
-      for (int64_t i = 0; i < gap.size(); ++i) {
-        const int64_t at = first * config_.hidden_size + i;
-        gap.data()[i] = streams_.float_hidden.data()[at] - streams_.hidden[s - 1].data()[at];
-      }
-      statistics.Add(ConstMatrixView(inputs_[s]).Rows(first, length),
-                     ConstMatrixView(inputs_[0]).Rows(first, length), gap);
-    }
-    MOBI_ASSIGN_OR_RETURN(StreamProblem stream,
+  const int64_t cols = problem.cols();
+  problem.importance = MeanSquares(inputs_[0]);
+  const auto add_stream = [&](int64_t stream, int64_t residual_rows) -> absl::Status {
+    const StreamStatistics statistics = Statistics(stream, cols, residual_rows);
+    MOBI_ASSIGN_OR_RETURN(problem.streams.emplace_back(),
                           statistics.Problem(problem.weight, options_.damping));
-    problem.streams.push_back(std::move(stream));
+    return absl::OkStatus();
+  };
+  for (int64_t s = 1; s < num_streams(); ++s) {
+    MOBI_RETURN_IF_ERROR(add_stream(s, AddsToResidual(group) ? problem.rows() : 0));
   }
+  if (options_.float_from_level <= kNumLevels) MOBI_RETURN_IF_ERROR(add_stream(0, 0));
   problem.level_weights = options_.level_weights;
   for (int level = 1; level <= kNumLevels; ++level) {
+    int& stream = problem.stream_of_level[level - 1];
+    if (level >= options_.float_from_level) {
+      stream = static_cast<int>(problem.streams.size()) - 1;
+      continue;
+    }
     for (size_t s = 0; s < options_.stream_levels.size(); ++s) {
-      if (options_.stream_levels[s] <= level) {
-        problem.stream_of_level[level - 1] = static_cast<int>(s);
-      }
+      if (options_.stream_levels[s] <= level) stream = static_cast<int>(s);
     }
   }
   return problem;
@@ -152,12 +201,26 @@ absl::StatusOr<FittedBlock> CalibrateBlock(const ModelConfig& config, const Bloc
     const auto group = static_cast<LinearGroup>(g);
     pass.Advance(group, previous);
     MOBI_ASSIGN_OR_RETURN(const FittingProblem problem, pass.Problem(group));
-    MOBI_ASSIGN_OR_RETURN(fitted.linear[g], FitLinear(problem, options.fit, options.num_threads));
-    on_group(group, LevelLosses(problem, fitted.linear[g], options.num_threads));
+    MOBI_ASSIGN_OR_RETURN(fitted.linear[g],
+                          options.fixed.method == FixedMethod::kNone
+                              ? FitLinear(problem, options.fit, options.num_threads)
+                              : FitFixedWidth(problem, options.fixed, options.num_threads));
+    MOBI_RETURN_IF_ERROR(
+        on_group(group, LevelLosses(problem, fitted.linear[g], options.num_threads)));
     previous = &fitted.linear[g];
   }
   pass.Finish(*previous);
   return fitted;
+}
+
+void AdvanceStreams(const ModelConfig& config, const BlockWeights& weights, const RopeValues& rope,
+                    const BlockCalibrationOptions& options, const FittedBlock& fitted,
+                    CalibrationStreams& streams) {
+  BlockPass pass(config, weights, rope, options, streams);
+  for (int g = 0; g < kNumLinearGroups; ++g) {
+    pass.Advance(static_cast<LinearGroup>(g), g == 0 ? nullptr : &fitted.linear[g - 1]);
+  }
+  pass.Finish(fitted.linear.back());
 }
 
 }  // namespace mobi

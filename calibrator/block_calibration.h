@@ -10,6 +10,7 @@
 
 #include "absl/functional/function_ref.h"
 #include "absl/status/statusor.h"
+#include "calibrator/fixed_width.h"
 #include "calibrator/linear_fit.h"
 #include "calibrator/llama_block.h"
 
@@ -18,10 +19,14 @@ namespace mobi {
 struct BlockCalibrationOptions {
   // The level that each quantized stream reads everything before the current linear at, ascending;
   // a level without a stream of its own is fitted on the next lower one's.
-  std::vector<int> stream_levels = {1, 2, 3};
-  std::array<float, kNumLevels> level_weights = {1, 4, 8, 16};
+  std::vector<int> stream_levels = {1, 2};
+  // Levels from this one on are fitted to the float model's own inputs and weights: their streams
+  // are so near to it that correcting for the difference gains nothing. 5: none.
+  int float_from_level = 3;
+  std::array<float, kNumLevels> level_weights = {1, 2.5f, 4, 8};
   double damping = 1e-2;
   LinearFitOptions fit;
+  FixedWidthOptions fixed;  // a baseline instead of `fit`
   int num_threads = 1;
 };
 
@@ -36,13 +41,19 @@ struct FittedBlock {
   std::array<NestedWeight, kNumLinearGroups> linear;
 };
 
-// Called after each group with the group's losses per level, relative to fitting nothing at all.
-using GroupCallback = absl::FunctionRef<void(LinearGroup, const std::array<double, kNumLevels>&)>;
+// Called after each group with the group's losses per level; an error ends the calibration.
+using GroupCallback =
+    absl::FunctionRef<absl::Status(LinearGroup, const std::array<double, kNumLevels>&)>;
 
 absl::StatusOr<FittedBlock> CalibrateBlock(const ModelConfig& config, const BlockWeights& weights,
                                            const RopeValues& rope,
                                            const BlockCalibrationOptions& options,
                                            CalibrationStreams& streams, GroupCallback on_group);
+
+// Takes the streams through a block that is fitted already, exactly as CalibrateBlock left them.
+void AdvanceStreams(const ModelConfig& config, const BlockWeights& weights, const RopeValues& rope,
+                    const BlockCalibrationOptions& options, const FittedBlock& fitted,
+                    CalibrationStreams& streams);
 
 }  // namespace mobi
 

@@ -8,10 +8,14 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "calibrator/fit_journal.h"
 #include "calibrator/float_model.h"
 #include "calibrator/linear_algebra.h"
 #include "calibrator/packing.h"
+#include "calibrator/parallel.h"
 #include "calibrator/price_table.h"
+#include "calibrator/scale_tuning.h"
+#include "engine/base/sha256.h"
 #include "engine/base/status_macros.h"
 #include "engine/checkpoint.h"
 #include "engine/checkpoint_writer.h"
@@ -25,8 +29,12 @@ constexpr int64_t kDefaultSeqLen = 1024;
 constexpr int64_t kMinSeqLen = 32;
 // Positions of each sampled sequence whose losses the price forecast is made from.
 constexpr int64_t kForecastPositions = 64;
-// Time of the later phases beside one block's fit, for the estimate of what is left.
-constexpr double kSampleUnits = 0.2, kPriceUnits = 0.2;
+// Time of the later phases beside one block's fit, for the estimate of what is left: per block, and
+// per block and sequence of a tuning step.
+constexpr double kSampleUnits = 0.2, kPriceUnits = 0.2, kTuningUnits = 0.003;
+
+// Stages of the journal.
+constexpr std::string_view kFitted = "fitted", kTuned = "tuned";
 
 template <typename T>
 absl::Span<const std::byte> Bytes(const std::vector<T>& values) {
@@ -36,40 +44,62 @@ absl::Span<const std::byte> Bytes(const std::vector<T>& values) {
 // Everything between reading the source and committing the result.
 class Calibration {
  public:
-  Calibration(const CalibrateOptions& options, FloatModel model, std::vector<int32_t> ids,
-              int64_t seq_len, CheckpointWriter& writer, Progress& progress)
+  Calibration(const CalibrateOptions& options, const Checkpoint& source, FloatModel model,
+              std::vector<int32_t> ids, int64_t seq_len, FitJournal& journal, Progress& progress)
       : options_(options),
+        source_(source),
         model_(std::move(model)),
         ids_(std::move(ids)),
         seq_len_(seq_len),
-        writer_(writer),
+        journal_(journal),
         progress_(progress) {}
 
   absl::Status Run();
 
  private:
+  // True when all blocks of the stage were there.
+  bool LoadBlocks(std::string_view stage);
   absl::Status FitBlocks();
-  absl::Status WriteBlock(int layer, const FittedBlock& block);
+  absl::StatusOr<FittedBlock> FitBlock(int layer, const BlockCalibrationOptions& options,
+                                       CalibrationStreams& streams);
+  absl::Status TuneBlocks();
   absl::Status TrainRouters();
-  absl::Status WriteRouter(const std::string& name, const RouterWeights& router);
+  absl::Status WriteCheckpoint();
+  absl::Status WriteBlock(int layer, CheckpointWriter& writer);
+  absl::Status WriteRouter(const std::string& name, const RouterWeights& router,
+                           CheckpointWriter& writer);
   void RecordLosses(const RoutedGroup& group, const RouterWeights& router,
                     const RoutingSamples& samples);
   absl::Status MeasurePrices();
   nlohmann::json Description() const;
+  // CANCELLED once the caller asked to stop.
+  absl::Status CheckInterrupt() const {
+    if (!options_.interrupted || !options_.interrupted()) return absl::OkStatus();
+    return absl::CancelledError(absl::StrCat("interrupted; the same command goes on from ",
+                                             options_.output_dir, ".progress"));
+  }
+  double TuningUnits() const {
+    const ScaleTuningOptions& tuning = options_.recipe.tuning;
+    return kTuningUnits * model_.num_layers() * tuning.steps * tuning.batch;
+  }
   int64_t num_sequences() const { return static_cast<int64_t>(ids_.size()) / seq_len_; }
   int64_t num_routing_sequences() const {
-    return std::min(options_.routing.sample_sequences, num_sequences());
+    return std::min(options_.recipe.routing.sequences, num_sequences());
   }
-  absl::Span<const int32_t> RoutingIds() const {
-    return absl::MakeConstSpan(ids_).subspan(
-        0, static_cast<size_t>(num_routing_sequences() * seq_len_));
+  int64_t num_fit_sequences() const {
+    const int64_t wanted = options_.recipe.fit_sequences;
+    return wanted > 0 ? std::min(wanted, num_sequences()) : num_sequences();
+  }
+  absl::Span<const int32_t> FirstSequences(int64_t count) const {
+    return absl::MakeConstSpan(ids_).subspan(0, static_cast<size_t>(count * seq_len_));
   }
 
   const CalibrateOptions& options_;
+  const Checkpoint& source_;
   const FloatModel model_;
   const std::vector<int32_t> ids_;
   const int64_t seq_len_;
-  CheckpointWriter& writer_;
+  FitJournal& journal_;
   Progress& progress_;
 
   std::vector<FittedBlock> blocks_;
@@ -78,53 +108,94 @@ class Calibration {
   std::vector<PricePoint> token_prices_, coherent_prices_;
 };
 
+bool Calibration::LoadBlocks(std::string_view stage) {
+  blocks_.clear();
+  for (int layer = 0; layer < model_.num_layers(); ++layer) {
+    auto block = journal_.Load(stage, layer, model_.config());
+    if (!block) return false;
+    blocks_.push_back(*std::move(block));
+  }
+  return true;
+}
+
 absl::Status Calibration::FitBlocks() {
-  BlockCalibrationOptions options = options_.blocks;
+  BlockCalibrationOptions options = options_.recipe.blocks;
   options.num_threads = options_.num_threads;
   CalibrationStreams streams;
   streams.seq_len = seq_len_;
-  streams.float_hidden = Matrix(static_cast<int64_t>(ids_.size()), model_.config().hidden_size);
-  model_.Embed(ids_, streams.float_hidden);
+  const int64_t tokens = num_fit_sequences() * seq_len_;
+  streams.float_hidden = Matrix(tokens, model_.config().hidden_size);
+  model_.Embed(FirstSequences(num_fit_sequences()), streams.float_hidden);
   streams.hidden.assign(options.stream_levels.size(), streams.float_hidden);
+  blocks_.clear();
   for (int layer = 0; layer < model_.num_layers(); ++layer) {
-    MOBI_ASSIGN_OR_RETURN(const BlockWeights weights, model_.LoadBlock(layer));
-    const auto on_group = [&](LinearGroup group, const std::array<double, kNumLevels>& losses) {
-      constexpr const char* kNames[] = {"qkv", "o", "gate_up", "down"};
-      progress_.Advance(
-          1.0 / kNumLinearGroups,
-          absl::StrCat("block ", layer + 1, "/", model_.num_layers(), " ",
-                       kNames[static_cast<int>(group)], " loss ", absl::SixDigits(losses[0]), " ",
-                       absl::SixDigits(losses[1]), " ", absl::SixDigits(losses[2]), " ",
-                       absl::SixDigits(losses[3])));
-    };
-    auto fitted =
-        CalibrateBlock(model_.config(), weights, model_.rope(), options, streams, on_group);
-    if (!fitted.ok()) {
-      return absl::Status(
-          fitted.status().code(),
-          absl::StrCat(options_.model_dir, ": layer ", layer, ": ", fitted.status().message()));
+    auto block = FitBlock(layer, options, streams);
+    if (!block.ok()) {
+      return absl::Status(block.status().code(), absl::StrCat(options_.model_dir, ": layer ", layer,
+                                                              ": ", block.status().message()));
     }
-    MOBI_RETURN_IF_ERROR(WriteBlock(layer, *fitted));
-    blocks_.push_back(*std::move(fitted));
+    blocks_.push_back(*std::move(block));
   }
   return absl::OkStatus();
 }
 
-absl::Status Calibration::WriteBlock(int layer, const FittedBlock& block) {
+absl::StatusOr<FittedBlock> Calibration::FitBlock(int layer, const BlockCalibrationOptions& options,
+                                                  CalibrationStreams& streams) {
+  MOBI_ASSIGN_OR_RETURN(const BlockWeights weights, model_.LoadBlock(layer));
+  const std::string name = absl::StrCat("block ", layer + 1, "/", model_.num_layers());
+  if (auto saved = journal_.Load(kFitted, layer, model_.config())) {
+    AdvanceStreams(model_.config(), weights, model_.rope(), options, *saved, streams);
+    progress_.Advance(1, name + " was fitted before");
+    return *std::move(saved);
+  }
+  const auto on_group = [&](LinearGroup group, const std::array<double, kNumLevels>& losses) {
+    constexpr const char* kNames[] = {"qkv", "o", "gate_up", "down"};
+    progress_.Advance(1.0 / kNumLinearGroups,
+                      absl::StrCat(name, " ", kNames[static_cast<int>(group)], " loss ",
+                                   absl::SixDigits(losses[0]), " ", absl::SixDigits(losses[1]), " ",
+                                   absl::SixDigits(losses[2]), " ", absl::SixDigits(losses[3])));
+    return CheckInterrupt();
+  };
+  MOBI_ASSIGN_OR_RETURN(FittedBlock block, CalibrateBlock(model_.config(), weights, model_.rope(),
+                                                          options, streams, on_group));
+  MOBI_RETURN_IF_ERROR(journal_.Save(kFitted, layer, block));
+  return block;
+}
+
+absl::Status Calibration::TuneBlocks() {
+  ScaleTuningOptions options = options_.recipe.tuning;
+  options.seed = options_.seed;
+  options.num_threads = options_.num_threads;
+  if (options.steps == 0) return absl::OkStatus();
+  const auto on_step = [&](int step, double kl) {
+    progress_.Advance(
+        TuningUnits() / options.steps,
+        absl::StrCat("tuning step ", step + 1, "/", options.steps, " KL ", absl::SixDigits(kl)));
+    return CheckInterrupt();
+  };
+  MOBI_RETURN_IF_ERROR(TuneScales(model_, ids_, seq_len_, options, on_step, blocks_));
+  for (int layer = 0; layer < model_.num_layers(); ++layer) {
+    MOBI_RETURN_IF_ERROR(journal_.Save(kTuned, layer, blocks_[layer]));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Calibration::WriteBlock(int layer, CheckpointWriter& writer) {
   const auto groups = RoutedGroupsOfLayer(model_.config(), layer);
   for (int g = 0; g < kNumLinearGroups; ++g) {
     int64_t begin = 0;
     for (const LinearShape& linear : groups[g].linears) {
-      const PackedLinear packed = PackLinear(block.linear[g], begin, linear.rows);
-      MOBI_RETURN_IF_ERROR(writer_.AddSliced(linear.name, packed.view()));
+      const PackedLinear packed = PackLinear(blocks_[layer].linear[g], begin, linear.rows);
+      MOBI_RETURN_IF_ERROR(writer.AddSliced(linear.name, packed.view()));
       begin += linear.rows;
     }
+    MOBI_RETURN_IF_ERROR(WriteRouter(groups[g].router, routers_[layer][g], writer));
   }
   return absl::OkStatus();
 }
 
 absl::Status Calibration::TrainRouters() {
-  const RoutingOptions& routing = options_.routing;
+  const RoutingOptions& routing = options_.recipe.routing;
   routers_.resize(static_cast<size_t>(model_.num_layers()));
   RoutingSampleOptions sampling = routing.samples;
   sampling.seed = options_.seed;
@@ -136,18 +207,20 @@ absl::Status Calibration::TrainRouters() {
   const auto on_layer = [&](int layer,
                             std::array<RoutingSamples, kNumLinearGroups>& samples) -> absl::Status {
     const auto groups = RoutedGroupsOfLayer(model_.config(), layer);
+    ParallelFor(options_.num_threads, kNumLinearGroups,
+                [&](int64_t g) { routers_[layer][g] = TrainRouter(samples[g], training); });
     for (int g = 0; g < kNumLinearGroups; ++g) {
-      routers_[layer][g] = TrainRouter(samples[g], training);
       RecordLosses(groups[g], routers_[layer][g], samples[g]);
-      MOBI_RETURN_IF_ERROR(WriteRouter(groups[g].router, routers_[layer][g]));
     }
     progress_.Advance(kSampleUnits, absl::StrCat("routers of block ", layer + 1));
-    return absl::OkStatus();
+    return CheckInterrupt();
   };
-  return SampleRouting(model_, blocks_, RoutingIds(), seq_len_, sampling, on_layer);
+  return SampleRouting(model_, blocks_, FirstSequences(num_routing_sequences()), seq_len_, sampling,
+                       on_layer);
 }
 
-absl::Status Calibration::WriteRouter(const std::string& name, const RouterWeights& router) {
+absl::Status Calibration::WriteRouter(const std::string& name, const RouterWeights& router,
+                                      CheckpointWriter& writer) {
   std::vector<uint16_t> w1;
   for (int64_t i = 0; i < router.w1.size(); ++i) w1.push_back(FloatToHalf(router.w1.data()[i]));
   const std::vector<float> w2(router.w2.data(), router.w2.data() + router.w2.size());
@@ -160,7 +233,7 @@ absl::Status Calibration::WriteRouter(const std::string& name, const RouterWeigh
   tensors.u = {"u", DType::kF32, {hidden}, Bytes(router.u)};
   tensors.w2 = {"w2", DType::kF32, {outputs, hidden}, Bytes(w2)};
   tensors.b2 = {"b2", DType::kF32, {outputs}, Bytes(router.b2)};
-  return writer_.AddRouter(name, tensors);
+  return writer.AddRouter(name, tensors);
 }
 
 void Calibration::RecordLosses(const RoutedGroup& group, const RouterWeights& router,
@@ -182,7 +255,7 @@ void Calibration::RecordLosses(const RoutedGroup& group, const RouterWeights& ro
 
 absl::Status Calibration::MeasurePrices() {
   const int batch = static_cast<int>(num_routing_sequences());
-  const int64_t length = std::min(options_.routing.price_tokens, seq_len_);
+  const int64_t length = std::min(options_.recipe.routing.price_tokens, seq_len_);
   std::vector<int32_t> ids;
   for (int64_t s = 0; s < batch; ++s) {
     const auto begin = ids_.begin() + s * seq_len_;
@@ -206,8 +279,6 @@ nlohmann::json Calibration::Description() const {
     for (const PricePoint& point : points) json.push_back({point.bits, point.price});
     return json;
   };
-  const BlockCalibrationOptions& blocks = options_.blocks;
-  const LinearFitOptions& fit = blocks.fit;
   nlohmann::json data = nlohmann::json::array();
   for (const std::string& path : options_.data_paths) {
     data.push_back(std::filesystem::path(path).filename().string());
@@ -216,29 +287,36 @@ nlohmann::json Calibration::Description() const {
       {"price_table",
        {{"token", table(token_prices_)},
         {"coherent", {{"batch", num_routing_sequences()}, {"table", table(coherent_prices_)}}}}},
-      {"recipe",
-       {{"streams", blocks.stream_levels},
-        {"level_weights", blocks.level_weights},
-        {"damping", blocks.damping},
-        {"base_level_weights", fit.base.level_weights},
-        {"joint_codes", fit.joint_codes},
-        {"descent_rounds", fit.rounds},
-        {"descent_passes", fit.passes},
-        {"refit_ridge", fit.ridge},
-        {"router_hidden", routers_.front().front().num_hidden()}}},
+      {"recipe", RecipeToJson(options_.recipe)},
       {"calibration",
        {{"data", data},
         {"samples", num_sequences()},
         {"seq_len", seq_len_},
-        {"seed", options_.seed}}}};
+        {"seed", options_.seed},
+        {"router_hidden", routers_.front().front().num_hidden()}}}};
+}
+
+absl::Status Calibration::WriteCheckpoint() {
+  MOBI_ASSIGN_OR_RETURN(const auto writer,
+                        CheckpointWriter::Create(source_, {.output_dir = options_.output_dir,
+                                                           .overwrite = options_.overwrite}));
+  MOBI_RETURN_IF_ERROR(writer->AddUnquantized());
+  for (int layer = 0; layer < model_.num_layers(); ++layer) {
+    MOBI_RETURN_IF_ERROR(WriteBlock(layer, *writer));
+  }
+  return writer->Commit(Description());
 }
 
 absl::Status Calibration::Run() {
-  MOBI_RETURN_IF_ERROR(writer_.AddUnquantized());
-  MOBI_RETURN_IF_ERROR(FitBlocks());
+  if (!LoadBlocks(kTuned)) {
+    MOBI_RETURN_IF_ERROR(FitBlocks());
+    MOBI_RETURN_IF_ERROR(TuneBlocks());
+  } else {
+    progress_.Advance(model_.num_layers() + TuningUnits(), "blocks were fitted and tuned before");
+  }
   MOBI_RETURN_IF_ERROR(TrainRouters());
   MOBI_RETURN_IF_ERROR(MeasurePrices());
-  return writer_.Commit(Description());
+  return WriteCheckpoint();
 }
 
 absl::StatusOr<std::vector<int32_t>> ReadTokens(const CalibrateOptions& options,
@@ -261,6 +339,32 @@ absl::StatusOr<std::vector<int32_t>> ReadTokens(const CalibrateOptions& options,
                      options.seed);
 }
 
+// What the fitted blocks depend on: the model's files, the tokens, the recipe.
+absl::StatusOr<std::string> JournalKey(const CalibrateOptions& options, int64_t seq_len,
+                                       const std::vector<int32_t>& ids) {
+  nlohmann::json key = {{"recipe", RecipeToJson(options.recipe)},
+                        {"seed", options.seed},
+                        {"seq_len", seq_len},
+                        {"format", 1}};
+  Sha256 tokens;
+  tokens.Update(Bytes(ids));
+  key["tokens"] = tokens.HexDigest();
+  std::error_code error;
+  for (const auto& entry : std::filesystem::directory_iterator(options.model_dir, error)) {
+    const std::string name = entry.path().filename().string();
+    if (entry.path().extension() != ".safetensors" && name != "config.json") continue;
+    MOBI_ASSIGN_OR_RETURN(key["model"][name], Sha256OfFile(entry.path().string()));
+  }
+  if (error) return absl::ErrnoToStatus(error.value(), options.model_dir);
+  return key.dump(1);
+}
+
+// An interruption or a full disk leaves the journal for the next try; a finished checkpoint and
+// input that can never work leave nothing.
+bool CanGoOn(const absl::Status& status) {
+  return !status.ok() && !absl::IsInvalidArgument(status) && !absl::IsFailedPrecondition(status);
+}
+
 }  // namespace
 
 absl::Status Calibrate(const CalibrateOptions& options, const Clock& clock, std::FILE* progress_out,
@@ -275,15 +379,24 @@ absl::Status Calibrate(const CalibrateOptions& options, const Clock& clock, std:
                                                    kMinSeqLen, " and the model's ",
                                                    config.max_position_embeddings));
   }
-  MOBI_ASSIGN_OR_RETURN(const auto writer,
-                        CheckpointWriter::Create(source, {.output_dir = options.output_dir,
-                                                          .overwrite = options.overwrite}));
+  // Whatever is in the way of the output is found now, not after the work.
+  MOBI_RETURN_IF_ERROR(CheckpointWriter::Create(source, {.output_dir = options.output_dir,
+                                                         .overwrite = options.overwrite})
+                           .status());
   MOBI_ASSIGN_OR_RETURN(std::vector<int32_t> ids, ReadTokens(options, config, seq_len));
   MOBI_ASSIGN_OR_RETURN(FloatModel model, FloatModel::Open(source, static_cast<int>(seq_len)));
+  MOBI_ASSIGN_OR_RETURN(std::string key, JournalKey(options, seq_len, ids));
+  MOBI_ASSIGN_OR_RETURN(FitJournal journal, FitJournal::Open(options.output_dir, std::move(key)));
   SetBlasThreads(options.num_threads);
-  Progress progress(config.num_hidden_layers * (1 + kSampleUnits + kPriceUnits), clock,
-                    progress_out, progress_is_terminal);
-  return Calibration(options, std::move(model), std::move(ids), seq_len, *writer, progress).Run();
+  const ScaleTuningOptions& tuning = options.recipe.tuning;
+  Progress progress(config.num_hidden_layers * (1 + kSampleUnits + kPriceUnits +
+                                                kTuningUnits * tuning.steps * tuning.batch),
+                    clock, progress_out, progress_is_terminal);
+  const absl::Status status =
+      Calibration(options, source, std::move(model), std::move(ids), seq_len, journal, progress)
+          .Run();
+  if (!CanGoOn(status)) journal.Remove();
+  return status;
 }
 
 }  // namespace mobi

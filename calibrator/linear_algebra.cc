@@ -4,14 +4,36 @@
 #include <lapacke.h>
 
 #include <cmath>
+#include <memory>
+#include <string>
 
 #include "absl/strings/str_format.h"
+#include "calibrator/cublas_products.h"
 #include "engine/base/status_macros.h"
 
 namespace mobi {
 namespace {
 
 int Int(int64_t value) { return static_cast<int>(value); }
+
+// Where large products are made, when not by BLAS; chosen once for the process, as BLAS' threads.
+std::unique_ptr<CublasProducts>& Device() {
+  static std::unique_ptr<CublasProducts> device;
+  return device;
+}
+
+// True when the product was made on the device.
+bool OnDevice(ConstMatrixView a, bool transpose_a, ConstMatrixView b, bool transpose_b, float alpha,
+              float beta, MatrixView out) {
+  CublasProducts* device = Device().get();
+  const int64_t m = transpose_a ? a.cols : a.rows, k = transpose_a ? a.rows : a.cols;
+  const int64_t n = transpose_b ? b.rows : b.cols;
+  if (device == nullptr || !CublasProducts::IsWorthIt(m, n, k)) return false;
+  device->Multiply({a.data, a.rows, a.cols, a.stride, transpose_a},
+                   {b.data, b.rows, b.cols, b.stride, transpose_b}, alpha, beta, out.data, m, n, k,
+                   out.stride);
+  return true;
+}
 
 // A column-major LAPACK routine sees the transpose of a row-major matrix; for the symmetric ones
 // here that only swaps the triangles.
@@ -36,24 +58,52 @@ absl::Status Factorize(std::vector<double>& a, int n) {
 
 void SetBlasThreads(int num_threads) { openblas_set_num_threads(num_threads); }
 
+std::string BetterBlasKernels() {
+#if defined(__x86_64__)
+  if (std::string_view(openblas_get_corename()) != "Prescott") return "";
+  if (__builtin_cpu_supports("avx512f")) return "SkylakeX";
+  if (__builtin_cpu_supports("avx2")) return "Haswell";
+#endif
+  return "";
+}
+
+absl::Status UseDevice(std::string_view device) {
+  if (device == "cpu") {
+    Device().reset();
+    return absl::OkStatus();
+  }
+  if (device != "cuda") {
+    return absl::InvalidArgumentError(
+        absl::StrFormat("device \"%s\" is not cpu or cuda", std::string(device)));
+  }
+  std::string error;
+  Device() = CublasProducts::Create(error);
+  if (Device() == nullptr) return absl::UnavailableError("no device cuda: " + error);
+  return absl::OkStatus();
+}
+
 void MultiplyTransposed(ConstMatrixView a, ConstMatrixView b, MatrixView out, float alpha,
                         float beta) {
+  if (OnDevice(a, false, b, true, alpha, beta, out)) return;
   cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, Int(a.rows), Int(b.rows), Int(a.cols), alpha,
               a.data, Int(a.stride), b.data, Int(b.stride), beta, out.data, Int(out.stride));
 }
 
 void Multiply(ConstMatrixView a, ConstMatrixView b, MatrixView out, float alpha, float beta) {
+  if (OnDevice(a, false, b, false, alpha, beta, out)) return;
   cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, Int(a.rows), Int(b.cols), Int(a.cols),
               alpha, a.data, Int(a.stride), b.data, Int(b.stride), beta, out.data, Int(out.stride));
 }
 
 void TransposedMultiply(ConstMatrixView a, ConstMatrixView b, MatrixView out, float alpha,
                         float beta) {
+  if (OnDevice(a, true, b, false, alpha, beta, out)) return;
   cblas_sgemm(CblasRowMajor, CblasTrans, CblasNoTrans, Int(a.cols), Int(b.cols), Int(a.rows), alpha,
               a.data, Int(a.stride), b.data, Int(b.stride), beta, out.data, Int(out.stride));
 }
 
 void AddGram(ConstMatrixView x, MatrixView out, float alpha) {
+  if (OnDevice(x, true, x, false, alpha, 1, out)) return;
   cblas_ssyrk(CblasRowMajor, CblasLower, CblasTrans, Int(x.cols), Int(x.rows), alpha, x.data,
               Int(x.stride), 1.0f, out.data, Int(out.stride));
 }

@@ -1,10 +1,13 @@
 // The dense linear algebra that calibration needs, over BLAS and LAPACK: products, Gram matrices,
-// factors of symmetric positive definite matrices. One place, so that another library (cuBLAS,
-// cuSOLVER) can stand behind it. Thread-safe; large calls use the threads of SetBlasThreads.
+// factors of symmetric positive definite matrices. One place, so that another library can stand
+// behind it: cuBLAS does for large products (cublas_products.h). Thread-safe; large calls use the
+// threads of SetBlasThreads.
 #ifndef MOBI_CALIBRATOR_LINEAR_ALGEBRA_H_
 #define MOBI_CALIBRATOR_LINEAR_ALGEBRA_H_
 
 #include <cstdint>
+#include <string>
+#include <string_view>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -14,6 +17,15 @@ namespace mobi {
 
 // Threads of one product. Global to the process: call it where nothing else computes.
 void SetBlasThreads(int num_threads);
+
+// The name of kernels that suit this processor better than those that BLAS chose, empty when it
+// chose well: a library older than the processor falls back to its oldest ones. Takes effect as
+// OPENBLAS_CORETYPE in the environment of a new process.
+std::string BetterBlasKernels();
+
+// "cpu", or "cuda": large products are made there from now on. Global to the process as well.
+// UNAVAILABLE says why there is no such device.
+absl::Status UseDevice(std::string_view device);
 
 // out = alpha a b^T + beta out;  a [m, k], b [n, k], out [m, n].
 void MultiplyTransposed(ConstMatrixView a, ConstMatrixView b, MatrixView out, float alpha = 1,

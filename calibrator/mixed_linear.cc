@@ -1,6 +1,7 @@
 #include "calibrator/mixed_linear.h"
 
 #include <algorithm>
+#include <random>
 #include <utility>
 
 #include "calibrator/linear_algebra.h"
@@ -23,6 +24,19 @@ std::array<std::vector<int64_t>, kNumLevels> TokensByLevel(const uint8_t* levels
   std::array<std::vector<int64_t>, kNumLevels> of_level;
   for (int64_t t = 0; t < tokens; ++t) of_level[levels[t] - 1].push_back(t);
   return of_level;
+}
+
+std::vector<uint8_t> DrawLevels(const std::array<uint64_t, 3>& key,
+                                const std::array<double, kNumLevels>& shares, size_t count) {
+  std::seed_seq seed{key[0], key[0] >> 32, key[1], key[2]};
+  std::mt19937_64 random(seed);
+  std::vector<uint8_t> levels(count);
+  for (uint8_t& level : levels) {
+    double left = static_cast<double>(random() >> 11) * 0x1.0p-53;
+    level = 1;
+    while (level < kNumLevels && left >= shares[level - 1]) left -= shares[level++ - 1];
+  }
+  return levels;
 }
 
 MixedLinear::MixedLinear(const NestedWeight& weight, std::vector<int64_t> segment_rows)
@@ -78,6 +92,27 @@ void MixedLinear::Backward(ConstMatrixView d_out, const uint8_t* levels, MatrixV
       }
     }
   }
+}
+
+Matrix MixedLinear::WeightGradient(ConstMatrixView x, ConstMatrixView d_out, const uint8_t* levels,
+                                   int level) const {
+  Matrix gradient(rows(), cols());
+  for (int s = 0; s < num_segments(); ++s) {
+    const int64_t begin = SegmentBegin(s), rows = segment_rows_[s];
+    const ConstMatrixView d_segment = d_out.Columns(begin, rows);
+    const auto tokens = TokensByLevel(levels + s * x.rows, x.rows)[level - 1];
+    const MatrixView out = MatrixView(gradient).Rows(begin, rows);
+    if (static_cast<int64_t>(tokens.size()) == x.rows) {
+      TransposedMultiply(d_segment, x, out);
+    } else if (!tokens.empty()) {
+      TransposedMultiply(GatherRows(d_segment, tokens), GatherRows(x, tokens), out);
+    }
+  }
+  return gradient;
+}
+
+void MixedLinear::Refresh(const NestedWeight& weight, int level) {
+  levels_[level - 1] = Dequantize(weight, level);
 }
 
 }  // namespace mobi

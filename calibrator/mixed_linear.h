@@ -1,6 +1,6 @@
 // A linear group whose tokens read different levels, in fp32 on the host: every level dequantized,
 // tokens gathered by level, one product each. The calibrator's counterpart of SlicedMatmul, with
-// the backward pass. Immutable after construction, thread-safe.
+// the backward pass. Thread-safe but for Refresh.
 #ifndef MOBI_CALIBRATOR_MIXED_LINEAR_H_
 #define MOBI_CALIBRATOR_MIXED_LINEAR_H_
 
@@ -30,11 +30,20 @@ class MixedLinear {
   void Forward(ConstMatrixView x, const uint8_t* levels, MatrixView out) const;
   // d_x = d_out through the same levels.
   void Backward(ConstMatrixView d_out, const uint8_t* levels, MatrixView d_x) const;
+  // The gradient at the weights of `level`: over the tokens that read it.
+  Matrix WeightGradient(ConstMatrixView x, ConstMatrixView d_out, const uint8_t* levels,
+                        int level) const;
+  // Takes over the level's values after a change of its pairs. Not while others read.
+  void Refresh(const NestedWeight& weight, int level);
 
  private:
   std::vector<int64_t> segment_rows_;
   std::array<Matrix, kNumLevels> levels_;
 };
+
+// Levels for `count` places drawn by `shares`, the same whenever the key is.
+std::vector<uint8_t> DrawLevels(const std::array<uint64_t, 3>& key,
+                                const std::array<double, kNumLevels>& shares, size_t count);
 
 // Tokens of each level, ascending.
 std::array<std::vector<int64_t>, kNumLevels> TokensByLevel(const uint8_t* levels, int64_t tokens);

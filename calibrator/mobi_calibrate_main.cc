@@ -2,7 +2,9 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <csignal>
 #include <cstdio>
+#include <cstdlib>
 #include <string>
 #include <thread>
 #include <vector>
@@ -10,6 +12,7 @@
 #include "absl/flags/flag.h"
 #include "absl/strings/str_split.h"
 #include "calibrator/calibrate.h"
+#include "calibrator/linear_algebra.h"
 #include "engine/base/flags.h"
 
 ABSL_FLAG(std::string, model, "", "folder of the float model");
@@ -19,13 +22,38 @@ ABSL_FLAG(std::string, layout, "plain",
           "lines <|endoftext|>)");
 ABSL_FLAG(std::string, out, "", "folder to write; its parent must exist");
 ABSL_FLAG(bool, overwrite, false, "replace a MoBiQuant checkpoint that is there already");
+ABSL_FLAG(
+    std::string, recipe, "",
+    "YAML file that changes the default recipe; rtn-B, gptq-B or lwc-B: a baseline at B bits");
 ABSL_FLAG(int, samples, 128, "sequences to calibrate on");
 ABSL_FLAG(int, seq_len, 0, "tokens in a sequence; 0: 1024 or the model's context");
 ABSL_FLAG(uint64_t, seed, 1, "chooses the sequences and the routers' start");
 ABSL_FLAG(int, threads, 0, "threads; 0: one per core");
+ABSL_FLAG(std::string, device, "cpu", "cpu, or cuda: large products are made there");
 
 namespace mobi {
 namespace {
+
+// What a signal's handler may touch.
+volatile std::sig_atomic_t interrupted = 0;
+
+// The first signal asks, the second kills.
+void CatchInterrupts() {
+  struct sigaction action = {};
+  action.sa_handler = [](int) { interrupted = 1; };
+  action.sa_flags = static_cast<int>(SA_RESETHAND);
+  sigaction(SIGINT, &action, nullptr);
+  sigaction(SIGTERM, &action, nullptr);
+}
+
+// BLAS reads the name of its kernels once, when the process starts. Where this fails, all is
+// slower.
+void RestartWithBetterBlas(char** argv) {
+  const std::string kernels = BetterBlasKernels();
+  if (kernels.empty() || std::getenv("OPENBLAS_CORETYPE") != nullptr) return;
+  setenv("OPENBLAS_CORETYPE", kernels.c_str(), /*overwrite=*/0);
+  execv("/proc/self/exe", argv);
+}
 
 absl::Status Run() {
   CalibrateOptions options;
@@ -38,6 +66,11 @@ absl::Status Run() {
   auto layout = ParseTextLayout(absl::GetFlag(FLAGS_layout));
   if (!layout.ok()) return layout.status();
   options.layout = *layout;
+  if (const std::string path = absl::GetFlag(FLAGS_recipe); !path.empty()) {
+    auto recipe = ReadRecipe(path);
+    if (!recipe.ok()) return recipe.status();
+    options.recipe = *std::move(recipe);
+  }
   options.overwrite = absl::GetFlag(FLAGS_overwrite);
   options.num_samples = absl::GetFlag(FLAGS_samples);
   options.seq_len = absl::GetFlag(FLAGS_seq_len);
@@ -49,6 +82,9 @@ absl::Status Run() {
   if (options.num_threads <= 0) {
     options.num_threads = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
   }
+  if (absl::Status status = UseDevice(absl::GetFlag(FLAGS_device)); !status.ok()) return status;
+  CatchInterrupts();
+  options.interrupted = [] { return interrupted != 0; };
   return Calibrate(options, RealClock(), stderr, isatty(STDERR_FILENO) != 0);
 }
 
@@ -66,7 +102,10 @@ int main(int argc, char** argv) {
   if (status.ok() && !positional->empty()) {
     status = absl::InvalidArgumentError("unexpected argument " + positional->front());
   }
-  if (status.ok()) status = mobi::Run();
+  if (status.ok()) {
+    mobi::RestartWithBetterBlas(argv);
+    status = mobi::Run();
+  }
   if (status.ok()) return 0;
   std::fprintf(stderr, "mobi-calibrate: %s\n", std::string(status.message()).c_str());
   return mobi::kExitUsage;

@@ -61,7 +61,7 @@ class RoutingSampler {
     return MatrixView(m).Rows(sequence * seq_len_, seq_len_);
   }
   // The same levels whenever the same place of the same sequence is computed again.
-  std::vector<uint8_t> DrawLevels(int layer, int group, int64_t sequence, int segments) const;
+  std::vector<uint8_t> LevelsOf(int layer, int group, int64_t sequence, int segments) const;
   void Forward(int layer, const LayerLinears& linears, int64_t sequence, MatrixView hidden,
                BlockTrace& trace) const;
   void SeedGradient(ConstMatrixView hidden, int64_t sequence);
@@ -79,21 +79,11 @@ class RoutingSampler {
   Matrix gradient_;             // at the residual stream, moving from the last layer to the first
 };
 
-std::vector<uint8_t> RoutingSampler::DrawLevels(int layer, int group, int64_t sequence,
-                                                int segments) const {
-  std::seed_seq seed{options_.seed, static_cast<uint64_t>(layer), static_cast<uint64_t>(group),
-                     static_cast<uint64_t>(sequence)};
-  std::mt19937_64 random(seed);
-  std::vector<uint8_t> levels(static_cast<size_t>(segments * seq_len_));
-  for (uint8_t& level : levels) {
-    double left = UnitUniform(random);
-    level = 1;
-    while (level < kNumLevels && left >= options_.level_shares[level - 1]) {
-      left -= options_.level_shares[level - 1];
-      ++level;
-    }
-  }
-  return levels;
+std::vector<uint8_t> RoutingSampler::LevelsOf(int layer, int group, int64_t sequence,
+                                              int segments) const {
+  return DrawLevels({options_.seed + static_cast<uint64_t>(sequence) * 1000003,
+                     static_cast<uint64_t>(layer), static_cast<uint64_t>(group)},
+                    options_.level_shares, static_cast<size_t>(segments * seq_len_));
 }
 
 void RoutingSampler::Forward(int layer, const LayerLinears& linears, int64_t sequence,
@@ -102,7 +92,7 @@ void RoutingSampler::Forward(int layer, const LayerLinears& linears, int64_t seq
       {model_.config(), model_.rope(), seq_len_}, linears.weights,
       [&](LinearGroup group, ConstMatrixView x, MatrixView out) {
         const int g = static_cast<int>(group);
-        const auto levels = DrawLevels(layer, g, sequence, linears.mixed[g].num_segments());
+        const auto levels = LevelsOf(layer, g, sequence, linears.mixed[g].num_segments());
         linears.mixed[g].Forward(x, levels.data(), out);
       },
       hidden, trace);
@@ -134,7 +124,7 @@ void RoutingSampler::Backward(int layer, const LayerLinears& linears, int64_t se
   Forward(layer, linears, sequence, hidden, trace);
   const auto backward = [&](LinearGroup group, ConstMatrixView d_out, MatrixView d_x) {
     const int g = static_cast<int>(group);
-    const auto levels = DrawLevels(layer, g, sequence, linears.mixed[g].num_segments());
+    const auto levels = LevelsOf(layer, g, sequence, linears.mixed[g].num_segments());
     linears.mixed[g].Backward(d_out, levels.data(), d_x);
   };
   const auto measure = [&](LinearGroup group, ConstMatrixView x, ConstMatrixView d_out) {

@@ -3,19 +3,35 @@
 #include <cmath>
 
 #include "calibrator/linear_algebra.h"
+#include "calibrator/vector_math.h"
 #include "engine/base/status_macros.h"
 
 namespace mobi {
 
 StreamStatistics::StreamStatistics(int64_t cols, int64_t residual_rows)
-    : gram_(cols, cols), cross_(cols, cols), gap_(residual_rows, cols) {}
+    : gram_(cols, cols), wanted_(residual_rows, residual_rows > 0 ? cols : 0) {}
 
-void StreamStatistics::Add(ConstMatrixView input, ConstMatrixView float_input,
-                           ConstMatrixView residual_gap) {
+void StreamStatistics::Add(ConstMatrixView input) {
   num_tokens_ += input.rows;
   AddGram(input, gram_);
+}
+
+void StreamStatistics::Add(ConstMatrixView input, ConstMatrixView float_input) {
+  Add(input);
+  if (cross_.empty()) cross_ = Matrix(input.cols, input.cols);
   TransposedMultiply(float_input, input, cross_, 1, 1);
-  if (gap_.rows() > 0) TransposedMultiply(residual_gap, input, gap_, 1, 1);
+}
+
+void StreamStatistics::AddWanted(ConstMatrixView input, ConstMatrixView output) {
+  Add(input);
+  TransposedMultiply(output, input, wanted_, 1, 1);
+}
+
+void StreamStatistics::Add(const StreamStatistics& more) {
+  num_tokens_ += more.num_tokens_;
+  AddScaled(gram_.data(), more.gram_.data(), 1, gram_.size());
+  AddScaled(cross_.data(), more.cross_.data(), 1, cross_.size());
+  AddScaled(wanted_.data(), more.wanted_.data(), 1, wanted_.size());
 }
 
 absl::StatusOr<StreamProblem> StreamStatistics::Problem(const Matrix& weight,
@@ -33,16 +49,21 @@ absl::StatusOr<StreamProblem> StreamStatistics::Problem(const Matrix& weight,
   }
   const float mean = trace > 0 ? static_cast<float>(trace / static_cast<double>(cols)) : 1.0f;
 
-  Matrix moment(weight.rows(), cols);
-  if (gap_.rows() > 0) moment = gap_;
-  Multiply(weight, cross_, moment, scale, gap_.rows() > 0 ? scale : 0);
+  const bool of_float = cross_.empty() && wanted_.empty();
+  Matrix moment = wanted_.empty() ? Matrix(weight.rows(), cols) : wanted_;
+  if (!cross_.empty()) Multiply(weight, cross_, moment);
+  for (int64_t i = 0; i < moment.size(); ++i) moment.data()[i] *= scale;
   for (int64_t j = 0; j < cols; ++j) {
     float& diagonal = problem.hessian(j, j);
     const float added = diagonal > 0 ? static_cast<float>(damping) * diagonal : mean;
     diagonal += added;
     for (int64_t row = 0; row < weight.rows(); ++row) moment(row, j) += added * weight(row, j);
   }
-  MOBI_RETURN_IF_ERROR(SolveRows(problem.hessian, moment, problem.target));
+  if (of_float) {
+    problem.target = weight;
+  } else {
+    MOBI_RETURN_IF_ERROR(SolveRows(problem.hessian, moment, problem.target));
+  }
   return problem;
 }
 

@@ -18,9 +18,15 @@ class StreamStatistics {
   // `residual_rows`: out-features of a linear that adds to the residual stream, else 0.
   StreamStatistics(int64_t cols, int64_t residual_rows);
 
-  // Inputs of the same tokens in this stream and in the float model, [tokens, cols]; `residual_gap`
-  // is the float residual stream minus this one's, [tokens, residual_rows].
-  void Add(ConstMatrixView input, ConstMatrixView float_input, ConstMatrixView residual_gap);
+  // Inputs [tokens, cols] of the float model itself: the float weights serve them best.
+  void Add(ConstMatrixView input);
+  // Inputs of the same tokens in this stream and in the float model.
+  void Add(ConstMatrixView input, ConstMatrixView float_input);
+  // For a linear that adds to the residual stream: what it should give these inputs, the float
+  // stream behind it minus this one before it, [tokens, residual_rows].
+  void AddWanted(ConstMatrixView input, ConstMatrixView output);
+  // The same over more tokens.
+  void Add(const StreamStatistics& more);
 
   // `damping` is relative to each diagonal element, so that one massive channel does not drown the
   // others; it also holds the target near the float weights. Channels that never fire get the mean
@@ -32,9 +38,9 @@ class StreamStatistics {
 
  private:
   int64_t num_tokens_ = 0;
-  Matrix gram_;   // [cols, cols], lower triangle of the sum of x x^T
-  Matrix cross_;  // [cols, cols], sum of x_float x^T
-  Matrix gap_;    // [residual_rows, cols], sum of gap x^T
+  Matrix gram_;    // [cols, cols], lower triangle of the sum of x x^T
+  Matrix cross_;   // [cols, cols], sum of x_float x^T; empty until asked for
+  Matrix wanted_;  // [residual_rows, cols], sum of output x^T
 };
 
 }  // namespace mobi

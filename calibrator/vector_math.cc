@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <vector>
 
 #include "calibrator/simd.h"
 
@@ -64,6 +65,20 @@ MOBI_VECTORIZED void SiluTimesBackward(const float* gate, const float* up, const
     d_up[i] = d_out[i] * gate[i] * sigmoid;
     d_gate[i] = d_out[i] * up[i] * sigmoid * (1.0f + gate[i] * (1.0f - sigmoid));
   }
+}
+
+double DistributionGap(float* target, float* logits, float scale, int64_t count) {
+  float target_max = 0, max = 0;
+  std::vector<float> gap(logits, logits + count);
+  AddScaled(gap.data(), target, -1, count);  // log q - log p, up to both normalisers
+  const float target_sum = ExpMinusMax(target, count, &target_max);
+  const float sum = ExpMinusMax(logits, count, &max);
+  Scale(target, 1.0f / target_sum, count);
+  Scale(logits, scale / sum, count);
+  const double normaliser = (std::log(sum) + max) - (std::log(target_sum) + target_max);
+  const double kl = normaliser - DotProduct(target, gap.data(), count);
+  AddScaled(logits, target, -scale, count);
+  return kl;
 }
 
 }  // namespace mobi

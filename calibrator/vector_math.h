@@ -17,6 +17,10 @@ void SiluTimes(const float* gate, const float* up, float* out, int64_t count);
 void SiluTimesBackward(const float* gate, const float* up, const float* d_out, float* d_gate,
                        float* d_up, int64_t count);
 
+// KL(softmax(target) || softmax(logits)); logits become scale * (softmax(logits) -
+// softmax(target)), target its softmax.
+double DistributionGap(float* target, float* logits, float scale, int64_t count);
+
 }  // namespace mobi
 
 #endif  // MOBI_CALIBRATOR_VECTOR_MATH_H_

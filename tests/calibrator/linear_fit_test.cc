@@ -28,7 +28,7 @@ FittingProblem MakeProblem(uint64_t seed) {
     const Matrix noise = RandomMatrix(2000, kCols, seed + 20 + s, s == 0 ? 0.4f : 0.05f);
     for (int64_t i = 0; i < inputs.size(); ++i) inputs.data()[i] += noise.data()[i];
     StreamStatistics statistics(kCols, 0);
-    statistics.Add(inputs, float_inputs, Matrix());
+    statistics.Add(inputs, float_inputs);
     auto stream = statistics.Problem(problem.weight, 1e-2);
     EXPECT_TRUE(stream.ok()) << stream.status();
     problem.streams.push_back(*std::move(stream));
@@ -221,11 +221,43 @@ TEST(StatisticsTest, TargetMapsTheStreamsInputsToTheFloatOutput) {
   Matrix inputs = float_inputs;
   for (int64_t i = 0; i < inputs.size(); ++i) inputs.data()[i] *= 0.5f;
   StreamStatistics statistics(128, 0);
-  statistics.Add(inputs, float_inputs, Matrix());
+  statistics.Add(inputs, float_inputs);
   const auto stream = statistics.Problem(weight, 1e-6);
   ASSERT_TRUE(stream.ok()) << stream.status();
   for (int64_t i = 0; i < weight.size(); ++i) {
     EXPECT_NEAR(stream->target.data()[i], 2 * weight.data()[i], 1e-2);
+  }
+}
+
+TEST(StatisticsTest, ResidualTargetIsWhatTheOutputShouldBe) {
+  const Matrix weight = RandomMatrix(8, 128, 1), inputs = RandomMatrix(4000, 128, 2);
+  // The output wanted of these inputs is that of other weights.
+  const Matrix other = RandomMatrix(8, 128, 3);
+  Matrix wanted(4000, 8);
+  MultiplyTransposed(inputs, other, wanted);
+  StreamStatistics whole(128, 8), first(128, 8), second(128, 8);
+  whole.AddWanted(inputs, wanted);
+  first.AddWanted(ConstMatrixView(inputs).Rows(0, 1500), ConstMatrixView(wanted).Rows(0, 1500));
+  second.AddWanted(ConstMatrixView(inputs).Rows(1500, 2500),
+                   ConstMatrixView(wanted).Rows(1500, 2500));
+  first.Add(second);
+  EXPECT_EQ(first.num_tokens(), 4000);
+  const auto stream = whole.Problem(weight, 1e-6), parts = first.Problem(weight, 1e-6);
+  ASSERT_TRUE(stream.ok() && parts.ok());
+  for (int64_t i = 0; i < weight.size(); ++i) {
+    EXPECT_NEAR(stream->target.data()[i], other.data()[i], 1e-3);
+    EXPECT_NEAR(parts->target.data()[i], stream->target.data()[i], 1e-4);
+  }
+}
+
+TEST(StatisticsTest, FloatInputsAskForTheFloatWeights) {
+  const Matrix weight = RandomMatrix(8, 128, 1);
+  StreamStatistics statistics(128, 0);
+  statistics.Add(RandomMatrix(300, 128, 2));
+  const auto stream = statistics.Problem(weight, 1e-2);
+  ASSERT_TRUE(stream.ok());
+  for (int64_t i = 0; i < weight.size(); ++i) {
+    EXPECT_EQ(stream->target.data()[i], weight.data()[i]);
   }
 }
 
@@ -234,7 +266,7 @@ TEST(StatisticsTest, DeadChannelsKeepTheFloatWeights) {
   Matrix inputs = RandomMatrix(500, 128, 4);
   for (int64_t t = 0; t < 500; ++t) inputs(t, 17) = 0;
   StreamStatistics statistics(128, 0);
-  statistics.Add(inputs, inputs, Matrix());
+  statistics.Add(inputs, inputs);
   const auto stream = statistics.Problem(weight, 1e-3);
   ASSERT_TRUE(stream.ok()) << stream.status();
   EXPECT_GT(stream->hessian(17, 17), 0);
@@ -247,7 +279,7 @@ TEST(StatisticsTest, RefusesActivationsThatAreNotFinite) {
   Matrix inputs = RandomMatrix(100, 128, 5);
   inputs(3, 3) = std::nanf("");
   StreamStatistics statistics(128, 0);
-  statistics.Add(inputs, inputs, Matrix());
+  statistics.Add(inputs, inputs);
   EXPECT_EQ(statistics.Problem(RandomMatrix(4, 128, 6), 1e-3).status().code(),
             absl::StatusCode::kFailedPrecondition);
 }

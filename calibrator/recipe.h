@@ -1,0 +1,50 @@
+// How a model is calibrated: every choice of every step, named, with defaults, read from YAML and
+// recorded in the checkpoint. Each section belongs to one piece: statistics (statistics.h), base
+// (base_fit.h), joint (joint_codes.h), refine (code_descent.h, level_fit.h), baseline
+// (fixed_width.h), tuning (scale_tuning.h), routing (routing_samples.h, router_training.h,
+// price_table.h).
+#ifndef MOBI_CALIBRATOR_RECIPE_H_
+#define MOBI_CALIBRATOR_RECIPE_H_
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+#include "absl/status/statusor.h"
+#include "calibrator/block_calibration.h"
+#include "calibrator/router_training.h"
+#include "calibrator/routing_samples.h"
+#include "calibrator/scale_tuning.h"
+#include "nlohmann/json.hpp"
+
+namespace mobi {
+
+struct RoutingOptions {
+  int64_t sequences = 16;      // that routers learn from; together they are the coherent batch
+  int64_t price_tokens = 256;  // of each sequence, run once per price
+  double byte_share = 0.04;    // router bytes beside what a token reads at `byte_share_bits`
+  double byte_share_bits = 3;
+  int max_hidden = 32;
+  RoutingSampleOptions samples;
+  RouterTrainingOptions training;
+};
+
+struct Recipe {
+  int64_t fit_sequences = 64;  // that blocks are fitted on, of those drawn; 0: all
+  BlockCalibrationOptions blocks;
+  ScaleTuningOptions tuning;
+  RoutingOptions routing;
+};
+
+// The defaults, changed where `yaml` says so. INVALID_ARGUMENT: one line with file, line and key.
+absl::StatusOr<Recipe> ParseRecipe(std::string_view yaml, const std::string& file);
+// As ParseRecipe for the file at `path`; "rtn-B", "gptq-B" and "lwc-B" name the baselines of
+// fixed_width.h at B bits.
+absl::StatusOr<Recipe> ReadRecipe(const std::string& path);
+
+// The whole recipe, nested by section.
+nlohmann::json RecipeToJson(const Recipe& recipe);
+
+}  // namespace mobi
+
+#endif  // MOBI_CALIBRATOR_RECIPE_H_

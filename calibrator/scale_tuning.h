@@ -1,0 +1,45 @@
+// End-to-end tuning of a fitted model: codes stay, the (range, offset) pairs of chosen levels are
+// trained with Adam so that the model's output distribution nears the float model's (KL). It undoes
+// what fitting one linear at a time cannot see: errors that later layers could compensate. Needs
+// the whole model in memory in fp32, so it is for small models; deterministic for a seed.
+#ifndef MOBI_CALIBRATOR_SCALE_TUNING_H_
+#define MOBI_CALIBRATOR_SCALE_TUNING_H_
+
+#include <array>
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/types/span.h"
+#include "calibrator/block_calibration.h"
+#include "calibrator/float_model.h"
+
+namespace mobi {
+
+struct ScaleTuningOptions {
+  int steps = 100;
+  int batch = 4;        // sequences in a step
+  int positions = 512;  // that are read of each sequence, from its start
+  float learning_rate =
+      5e-3f;  // of a range, relative to it; of a centre, relative to a step of level 1
+  // Levels that are trained, and how often a token reads each level while they are. A sequence in
+  // every `pure_every` reads the lowest trained level throughout; 0: none.
+  std::array<bool, kNumLevels> train = {true, false, false, false};
+  std::array<double, kNumLevels> level_shares = {0.6, 0.25, 0.1, 0.05};
+  int pure_every = 4;
+  uint64_t seed = 1;
+  int num_threads = 1;
+};
+
+// Called after each step with the mean KL per token of its batch; an error ends the tuning.
+using TuningCallback = std::function<absl::Status(int step, double kl)>;
+
+// `ids`: sequences of `seq_len` tokens, taken in turn. Updates the pairs in `blocks`.
+absl::Status TuneScales(const FloatModel& model, absl::Span<const int32_t> ids, int64_t seq_len,
+                        const ScaleTuningOptions& options, const TuningCallback& on_step,
+                        std::vector<FittedBlock>& blocks);
+
+}  // namespace mobi
+
+#endif  // MOBI_CALIBRATOR_SCALE_TUNING_H_
