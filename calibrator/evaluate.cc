@@ -6,69 +6,33 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "engine/base/mutex.h"
+#include "calibrator/eval_session.h"
 #include "engine/base/status_macros.h"
-#include "engine/checkpoint.h"
 #include "engine/engine.h"
-#include "engine/model.h"
 #include "engine/precision.h"
-#include "engine/tokenizer.h"
-#include "kernels/create_backend.h"
 
 namespace mobi {
 namespace {
 
+// Windows given to the engine at once where each chooses for itself.
 constexpr int kWindowsInFlight = 4;
+constexpr int kMaxBatch = 256;
 
-// One window's log probabilities, waited for by the submitting thread.
-class WindowSink final : public TokenSink {
- public:
-  void OnPromptLogprobs(int, absl::Span<const float> logprobs) override {
-    MutexLock lock(mutex_);
-    for (const float logprob : logprobs) nll_ -= logprob;
-    predicted_ += static_cast<int64_t>(logprobs.size());
-  }
-  bool OnToken(const TokenEvent&) override { return true; }
-  void OnDone(const RequestEnd& end) override {
-    MutexLock lock(mutex_);
-    end_ = end;
-    done_ = true;
-    changed_.NotifyAll();
-  }
-  RequestEnd Wait() {
-    MutexLock lock(mutex_);
-    while (!done_) changed_.Wait(mutex_);
-    return end_;
-  }
-  // After Wait.
-  double nll() const { return nll_; }
-  int64_t predicted() const { return predicted_; }
+int WindowsInFlight(const EvaluateOptions& options) {
+  return options.coherent ? options.batch : kWindowsInFlight;
+}
 
- private:
-  Mutex mutex_;
-  CondVar changed_;
-  RequestEnd end_;
-  bool done_ = false;
-  double nll_ = 0;
-  int64_t predicted_ = 0;
-};
-
-absl::StatusOr<std::vector<int32_t>> ReadStream(const EvaluateOptions& options,
-                                                const ModelConfig& config) {
-  MOBI_ASSIGN_OR_RETURN(const std::string text, ReadText(options.data_path, options.layout));
-  MOBI_ASSIGN_OR_RETURN(const auto tokenizer, Tokenizer::Load(options.model_dir));
-  MOBI_ASSIGN_OR_RETURN(std::vector<int32_t> ids, tokenizer->Encode(text));
-  if (static_cast<int64_t>(ids.size()) < options.window) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        options.data_path, ": ", ids.size(), " tokens, less than one window of ", options.window));
-  }
-  for (const int32_t id : ids) {
-    if (id < config.vocab_size) continue;
-    return absl::InvalidArgumentError(absl::StrCat(options.model_dir, ": the tokenizer gives id ",
-                                                   id, ", the model's vocab_size is ",
-                                                   config.vocab_size));
-  }
-  return ids;
+GenerationRequest WindowRequest(const EvaluateOptions& options, absl::Span<const int32_t> window,
+                                float bits) {
+  GenerationRequest request;
+  request.prompt.assign(window.begin(), window.end());
+  request.max_new_tokens = 0;
+  request.prompt_logprobs = true;
+  // A pinned request keeps its levels to itself, so those that share take the engine's target.
+  request.prompt_as_decodes = options.coherent;
+  request.precision =
+      options.coherent ? PrecisionBand{kMinBits, kMaxBits} : PrecisionBand{bits, bits};
+  return request;
 }
 
 absl::StatusOr<EvaluateResult> EvaluateAt(Engine& engine, const EvaluateOptions& options,
@@ -81,27 +45,28 @@ absl::StatusOr<EvaluateResult> EvaluateAt(Engine& engine, const EvaluateOptions&
   EvaluateResult result;
   result.target_bits = bits;
   result.windows = windows;
-  std::vector<std::unique_ptr<WindowSink>> sinks(static_cast<size_t>(windows));
+  std::vector<std::unique_ptr<ScoreSink>> sinks(static_cast<size_t>(windows));
   absl::Status status;
   double bits_sum = 0;
   const auto collect = [&](int64_t i) {
     const RequestEnd end = sinks[i]->Wait();
     if (status.ok()) status = end.status;
     bits_sum += end.mean_effective_bits;
-    result.nll += sinks[i]->nll();
-    result.predicted_tokens += sinks[i]->predicted();
+    for (const float logprob : sinks[i]->logprobs()) result.nll -= logprob;
+    result.predicted_tokens += static_cast<int64_t>(sinks[i]->logprobs().size());
     sinks[i].reset();
   };
+  engine.SetPrecision({bits});
+  const int in_flight = WindowsInFlight(options);
   int64_t submitted = 0;
   for (int64_t next = 0; next < submitted || (submitted < windows && status.ok()); ++next) {
-    while (submitted < windows && submitted < next + kWindowsInFlight && status.ok()) {
-      const auto begin = ids.begin() + static_cast<std::ptrdiff_t>(submitted * options.window);
-      GenerationRequest request;
-      request.prompt.assign(begin, begin + options.window);
-      request.max_new_tokens = 0;
-      request.prompt_logprobs = true;
-      request.precision = {bits, bits};
-      sinks[submitted] = std::make_unique<WindowSink>();
+    // Windows side by side start together, so that a batch is as full as it can be.
+    const int64_t end =
+        options.coherent ? (next + in_flight) / in_flight * in_flight : next + in_flight;
+    while (submitted < std::min(windows, end) && status.ok()) {
+      GenerationRequest request = WindowRequest(
+          options, ids.subspan(static_cast<size_t>(submitted) * window, window), bits);
+      sinks[submitted] = std::make_unique<ScoreSink>();
       auto id = engine.Submit(std::move(request), sinks[submitted].get());
       if (!id.ok()) {
         status = id.status();
@@ -124,37 +89,31 @@ absl::StatusOr<EvaluateResult> EvaluateAt(Engine& engine, const EvaluateOptions&
 absl::StatusOr<std::vector<EvaluateResult>> Evaluate(const EvaluateOptions& options,
                                                      const Clock& clock,
                                                      const EvaluateCallback& on_result) {
-  MOBI_ASSIGN_OR_RETURN(const Checkpoint checkpoint, Checkpoint::Open(options.model_dir, {}));
-  const ModelConfig& config = checkpoint.config();
-  if (options.window < 2 || options.window > config.max_position_embeddings) {
-    return absl::InvalidArgumentError(absl::StrCat("window ", options.window,
-                                                   " is not within 2 and the model's ",
-                                                   config.max_position_embeddings));
-  }
-  for (const float bits : options.bits) {
-    if (bits >= kMinBits && bits <= kMaxBits) continue;
+  MOBI_RETURN_IF_ERROR(CheckBits(options.bits));
+  if (options.coherent && (options.batch < 1 || options.batch > kMaxBatch)) {
     return absl::InvalidArgumentError(
-        absl::StrCat("bits ", bits, " is not within ", kMinBits, " and ", kMaxBits));
+        absl::StrCat("batch ", options.batch, " is not within 1 and ", kMaxBatch));
   }
-  MOBI_ASSIGN_OR_RETURN(const std::vector<int32_t> ids, ReadStream(options, config));
-  MOBI_ASSIGN_OR_RETURN(const std::unique_ptr<Backend> backend,
-                        CreateBackend(options.device, options.num_threads));
-  MOBI_ASSIGN_OR_RETURN(const auto model,
-                        Model::Load(checkpoint, *backend, options.window, nullptr));
-  EngineOptions engine_options;
-  engine_options.max_num_seqs = kWindowsInFlight;
-  engine_options.max_model_len = options.window;
-  engine_options.num_kv_blocks =
-      kWindowsInFlight * (options.window / engine_options.block_size + 2);
-  engine_options.max_queue_wait = std::chrono::hours(24);
-  MOBI_ASSIGN_OR_RETURN(const auto engine,
-                        Engine::Create(engine_options, *model, checkpoint, *backend, clock));
-  std::vector<float> targets = options.bits;
-  if (!checkpoint.quantized()) targets = {kMaxBits};
+  MOBI_ASSIGN_OR_RETURN(const std::string text, ReadText(options.data_path, options.layout));
+  MOBI_ASSIGN_OR_RETURN(const auto session,
+                        EvalSession::Open({.model_dir = options.model_dir,
+                                           .device = options.device,
+                                           .num_threads = options.num_threads,
+                                           .max_tokens = options.window,
+                                           .in_flight = WindowsInFlight(options),
+                                           .coherent = options.coherent},
+                                          clock));
+  MOBI_ASSIGN_OR_RETURN(const std::vector<int32_t> ids, session->Encode(text));
+  if (static_cast<int64_t>(ids.size()) < options.window) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        options.data_path, ": ", ids.size(), " tokens, less than one window of ", options.window));
+  }
+  const bool quantized = session->checkpoint().quantized();
   std::vector<EvaluateResult> results;
-  for (const float bits : targets) {
-    MOBI_ASSIGN_OR_RETURN(EvaluateResult result, EvaluateAt(*engine, options, ids, bits, clock));
-    result.is_float = !checkpoint.quantized();
+  for (const float bits : quantized ? options.bits : std::vector<float>{kMaxBits}) {
+    MOBI_ASSIGN_OR_RETURN(EvaluateResult result,
+                          EvaluateAt(session->engine(), options, ids, bits, clock));
+    result.is_float = !quantized;
     if (result.is_float) result.target_bits = result.effective_bits;
     on_result(result);
     results.push_back(result);

@@ -1,6 +1,7 @@
 // Perplexity of a model folder through the serving engine, at any list of average bits: text as one
 // stream of tokens with one BOS at its start, windows that do not overlap, the incomplete last one
-// dropped, the mean over every token but the first of each window.
+// dropped, the mean over every token but the first of each window. In coherent mode windows are
+// read side by side, one token each a step, and the tokens of a step share their levels.
 #ifndef MOBI_CALIBRATOR_EVALUATE_H_
 #define MOBI_CALIBRATOR_EVALUATE_H_
 
@@ -20,6 +21,8 @@ struct EvaluateOptions {
   std::string data_path;
   TextLayout layout = TextLayout::kPlain;
   std::vector<float> bits;  // targets; a float folder has one line whatever is asked
+  bool coherent = false;
+  int batch = 16;  // windows side by side in coherent mode
   int window = 1024;
   int64_t limit = 0;  // windows; 0: all
   int num_threads = 0;

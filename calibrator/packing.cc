@@ -41,4 +41,19 @@ PackedLinear PackLinear(const NestedWeight& weight, int64_t begin, int64_t rows)
   return packed;
 }
 
+void UnpackLinear(const SlicedTensors& linear, int64_t begin, NestedWeight& weight) {
+  const uint8_t* slices[kNumSlices];
+  for (int i = 0; i < kNumSlices; ++i) slices[i] = linear.slices[i].data();
+  UnpackSlices(slices, linear.rows, linear.cols, kNumLevels, weight.Codes(begin));
+  for (int level = 1; level <= kNumLevels; ++level) {
+    const uint16_t* scales = linear.scales[level - 1].data();
+    for (int64_t row = 0; row < linear.rows; ++row) {
+      for (int64_t g = 0; g < weight.groups(); ++g) {
+        const uint16_t* pair = scales + 2 * ScaleIndex(row, g, linear.cols);
+        weight.Scale(level, begin + row, g) = {HalfToFloat(pair[0]), HalfToFloat(pair[1])};
+      }
+    }
+  }
+}
+
 }  // namespace mobi

@@ -23,6 +23,8 @@ struct PackedLinear {
 
 // Rows [begin, begin + rows) of a group's stacked linears.
 PackedLinear PackLinear(const NestedWeight& weight, int64_t begin, int64_t rows);
+// The reverse: rows from `begin` on of `weight`, which is large enough, take over the linear.
+void UnpackLinear(const SlicedTensors& linear, int64_t begin, NestedWeight& weight);
 
 }  // namespace mobi
 
