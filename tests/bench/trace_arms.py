@@ -1,0 +1,216 @@
+#!/usr/bin/env python3
+"""Replays one trace against servers that differ in their policy only, and compares them.
+
+usage: trace_arms.py BIN_DIR MODEL_DIR TRACE_CSV [options]
+
+Arms: static 8 bits, static 4 bits, elastic between floor and ceiling, and elastic with the measured
+step-latency surface (when --surface names what `mobi-bench surface --out` wrote). Every arm gets the
+same arrivals. The trace is cut into segments, and each segment is played to all arms before the next
+one, so that whatever else happens on the machine meets all of them. All servers stay up meanwhile.
+
+The load: the trace is compressed in time until its busiest minute asks for --peak-load times what
+the server at 8 bits was just measured to serve of it.
+"""
+import argparse
+import collections
+import csv
+import json
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+
+CLASSES = "classes: {premium: {floor_bits: %g}, standard: {floor_bits: %g}}\n"
+
+
+def static_policy(bits):
+    return (CLASSES % (bits, bits) +
+            f"windows: [{{name: static, floor_bits: {bits:g}, ceiling_bits: {bits:g}}}]\n")
+
+
+def elastic_policy(args):
+    return (f"slo: {{ttft_p95_ms: {args.slo_ttft_ms:g}, itl_p95_ms: {args.slo_itl_ms:g}}}\n" +
+            CLASSES % (args.floor, args.floor) +
+            f"windows: [{{name: elastic, floor_bits: {args.floor:g}, ceiling_bits: 8}}]\n"
+            f"signals: [{{kind: queue_depth, reference: {args.queue_reference:g}}}]\n")
+
+
+def free_address():
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        return f"127.0.0.1:{s.getsockname()[1]}"
+
+
+class Server:
+    def __init__(self, args, folder, name, policy, flags=()):
+        self.name, self.address, self.admin = name, free_address(), free_address()
+        path = folder / f"{name.replace(' ', '-')}.yaml"
+        path.write_text(policy)
+        self.process = subprocess.Popen(
+            [args.bin_dir / "mobi-server", "--model", args.model_dir, "--listen", self.address,
+             "--admin_listen", self.admin, "--metrics_listen", "", "--policy", path, *flags,
+             *args.server_flag], stdout=subprocess.PIPE, text=True)
+        for line in self.process.stdout:
+            if "ready after" in line:
+                return
+        sys.exit(f"{name}: the server ended before it was ready")
+
+    def stop(self):
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(60)
+
+
+def replay(args, server, begin, duration, compression, out=None):
+    """One segment; its report, and the CSV rows of its requests."""
+    command = [args.bin_dir / "mobi-load", "--server", server.address, "--admin", server.admin,
+               "--json", "--trace", args.trace, "--trace_begin_s", f"{begin:.3f}",
+               "--trace_duration_s", f"{duration:.3f}", "--time_compression", f"{compression:.4f}",
+               "--token_scale", f"{args.token_scale:g}", "--slo_ttft_ms", f"{args.slo_ttft_ms:g}",
+               "--slo_itl_ms", f"{args.slo_itl_ms:g}", "--seed", f"{int(begin) + 1}"]
+    if args.prompts:
+        command += ["--prompts", args.prompts]
+    if out:
+        out.unlink(missing_ok=True)
+        command += ["--csv", out]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    if done.returncode != 0:
+        sys.exit(f"mobi-load: {done.stderr.strip()}")
+    rows = list(csv.DictReader(out.open())) if out else []
+    return json.loads(done.stdout)["reports"][0], rows
+
+
+def busiest_minute(args):
+    """Requests per second of trace time in the busiest minute of the part that is replayed."""
+    counts = collections.Counter()
+    with open(args.trace, newline="") as file:
+        first = None
+        for row in csv.DictReader(file):
+            hour, minute, second = row["TIMESTAMP"].split()[-1].split(":")
+            at = int(hour) * 3600 + int(minute) * 60 + float(second)
+            first = at if first is None else first
+            if args.begin_s <= at - first < args.begin_s + args.duration_s:
+                counts[int((at - first) // 60)] += 1
+    return max(counts.values()) / 60
+
+
+def capacity(args, server):
+    """Requests per second that the server completes of this trace when far too many come."""
+    rates = []
+    for i in range(3):
+        report, _ = replay(args, server, args.begin_s + 60 * i, 6 * args.flood, args.flood)
+        rates.append(report["completed_rps"])
+    return sorted(rates)[1]
+
+
+def percentile(values, q):
+    values = sorted(values)
+    return values[min(len(values) - 1, int(q * len(values)))] if values else 0.0
+
+
+def summarise(name, rows, loaded):
+    ok = [r for r in rows if r["status"] == "OK"]
+    tokens = lambda r: int(r["prompt_tokens"]) - int(r["cached_tokens"]) + int(r["tokens"])
+    total = sum(map(tokens, ok)) or 1
+    return {
+        "arm": name, "requests": len(rows), "refused": len(rows) - len(ok),
+        "attainment": sum(r["met_slo"] == "1" for r in rows) / len(rows),
+        "violations": sum(r["met_slo"] != "1" for r in rows),
+        "mean_effective_bits": sum(float(r["effective_bits"]) * tokens(r) for r in ok) / total,
+        "mean_loaded_bits": sum(loaded) / len(loaded) if loaded else None,
+        "ttft_p50_ms": percentile([float(r["ttft_ms"]) for r in ok], 0.5),
+        "ttft_p95_ms": percentile([float(r["ttft_ms"]) for r in ok], 0.95),
+        "per_token_p95_ms": percentile([float(r["time_per_token_ms"]) for r in ok], 0.95),
+    }
+
+
+def print_table(results):
+    print("| arm | SLO attainment | violations | refused | effective bits | loaded bits | "
+          "first token p50 / p95 ms | per token p95 ms |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for r in results:
+        loaded = "" if r["mean_loaded_bits"] is None else f"{r['mean_loaded_bits']:.2f}"
+        print(f"| {r['arm']} | {100 * r['attainment']:.2f} % | {r['violations']} of "
+              f"{r['requests']} | {r['refused']} | {r['mean_effective_bits']:.2f} | {loaded} | "
+              f"{r['ttft_p50_ms']:.0f} / {r['ttft_p95_ms']:.0f} | {r['per_token_p95_ms']:.1f} |")
+
+
+def print_comparison(results):
+    by_name = {r["arm"]: r for r in results}
+    eight, four = by_name["static 8"], by_name["static 4"]
+    for r in results:
+        if not r["arm"].startswith("elastic"):
+            continue
+        share = r["attainment"] / four["attainment"] if four["attainment"] else float("nan")
+        removed = (1 - r["violations"] / eight["violations"]) if eight["violations"] else 0
+        print(f"{r['arm']}: {share:.3f} of static 4's attainment at "
+              f"{r['mean_effective_bits'] - four['mean_effective_bits']:+.2f} bits; "
+              f"{100 * removed:.0f} % of static 8's violations removed "
+              f"(static 4 removes {100 * (1 - four['violations'] / max(1, eight['violations'])):.0f} %)")
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("bin_dir", type=pathlib.Path)
+    parser.add_argument("model_dir")
+    parser.add_argument("trace")
+    parser.add_argument("--begin-s", type=float, default=0)
+    parser.add_argument("--duration-s", type=float, default=3500, help="of the trace's time")
+    parser.add_argument("--segments", type=int, default=5)
+    parser.add_argument("--peak-load", type=float, default=1.1)
+    parser.add_argument("--compression", type=float, default=0, help="instead of --peak-load")
+    parser.add_argument("--flood", type=float, default=200, help="compression to find the capacity")
+    parser.add_argument("--token-scale", type=float, default=0.06)
+    parser.add_argument("--slo-ttft-ms", type=float, default=500)
+    parser.add_argument("--slo-itl-ms", type=float, default=50)
+    parser.add_argument("--floor", type=float, default=3)
+    parser.add_argument("--queue-reference", type=float, default=8)
+    parser.add_argument("--surface", help="file that mobi-bench surface wrote")
+    parser.add_argument("--prompts", help="text file that prompts are cut from")
+    parser.add_argument("--server-flag", action="append", default=[])
+    parser.add_argument("--out", type=pathlib.Path, help="JSON of the results")
+    return parser.parse_args()
+
+
+def main():
+    args = arguments()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = pathlib.Path(temporary)
+        servers = [Server(args, folder, "static 8", static_policy(8)),
+                   Server(args, folder, "static 4", static_policy(4)),
+                   Server(args, folder, "elastic", elastic_policy(args))]
+        if args.surface:
+            servers.append(Server(args, folder, "elastic with surface", elastic_policy(args),
+                                  ["--surface", args.surface]))
+        try:
+            compression = args.compression
+            if not compression:
+                rates = {s.name: capacity(args, s) for s in servers[:2]}
+                print("capacity, requests/s:",
+                      ", ".join(f"{n} bits {r:.1f}" for n, r in rates.items()), flush=True)
+                compression = args.peak_load * rates["static 8"] / busiest_minute(args)
+            print(f"time compression {compression:.2f}: {args.duration_s / compression:.0f} s an "
+                  f"arm, in {args.segments} segments", flush=True)
+            rows, loaded = collections.defaultdict(list), collections.defaultdict(list)
+            length = args.duration_s / args.segments
+            for i in range(args.segments):
+                for server in servers:
+                    report, new = replay(args, server, args.begin_s + i * length, length,
+                                         compression, folder / "requests.csv")
+                    rows[server.name] += new
+                    if report["mean_loaded_bits"] is not None:
+                        loaded[server.name].append(report["mean_loaded_bits"])
+                    print(f"segment {i + 1}, {server.name}: attainment "
+                          f"{100 * report['slo_attainment']:.1f} %, effective bits "
+                          f"{report['mean_effective_bits']:.2f}", file=sys.stderr, flush=True)
+        finally:
+            for server in servers:
+                server.stop()
+    results = [summarise(s.name, rows[s.name], loaded[s.name]) for s in servers]
+    print_table(results)
+    print_comparison(results)
+    if args.out:
+        args.out.write_text(json.dumps({"compression": compression, "arms": results}, indent=1))
+
+
+main()
