@@ -8,13 +8,22 @@ namespace mobi {
 namespace {
 
 constexpr int kMinTokens = 8;
-// Weight of a new observation; one slow step among many must not count for much.
-constexpr double kWeight = 0.2;
+// Weights of a new observation. The estimates err on the side of short chunks: decodes alone are
+// taken to be about as fast as they have been, and prompt tokens about as slow. A step that lost
+// its core for a while counts as twice as slow at most.
+constexpr double kTrusting = 0.3;
+constexpr double kWary = 0.1;
+constexpr double kSlowest = 2;
 // A chunk is at most so many times the last one: what a token costs is known near there only.
 constexpr int kMaxGrowth = 2;
 
-void Blend(double value, double& average) {
-  average = average == 0 ? value : average + kWeight * (value - average);
+void Blend(double value, double weight_down, double weight_up, double& average) {
+  if (average == 0) {
+    average = value;
+    return;
+  }
+  const double weight = value < average ? weight_down : weight_up;
+  average += weight * (std::min(value, kSlowest * average) - average);
 }
 
 }  // namespace
@@ -36,7 +45,7 @@ void StepPace::Observe(int decodes, int prompt_tokens, double seconds) {
   if (prompt_tokens > 0) {
     ObserveMixed(decodes, prompt_tokens, seconds);
   } else {
-    Blend(seconds, decode_seconds_[decodes]);
+    Blend(seconds, kTrusting, kWary, decode_seconds_[decodes]);
   }
 }
 
@@ -46,7 +55,8 @@ void StepPace::ObserveMixed(int decodes, int prompt_tokens, double seconds) {
   if (alone == 0) return;
   // The decodes alone cannot take longer than with company: what is known of them is old.
   if (seconds < alone && decode_seconds_[decodes] > 0) decode_seconds_[decodes] = seconds;
-  Blend(std::max(seconds - alone, 0.01 * seconds) / prompt_tokens, seconds_per_token_beside_);
+  Blend(std::max(seconds - alone, 0.01 * seconds) / prompt_tokens, kWary, kTrusting,
+        seconds_per_token_beside_);
 }
 
 // Of the nearest count that was seen: fewer decodes take no longer, and as many more as there are

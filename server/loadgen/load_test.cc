@@ -105,10 +105,12 @@ std::vector<Outcome> LoadTest::Run(absl::Span<const Arrival> arrivals, TimePoint
     v1::GenerateRequest request = MakeRequest(i, outcomes[i]);
     const TimePoint intended = start + arrivals[i].at;
     std::this_thread::sleep_until(intended);
-    const auto call = std::make_shared<Call>(*this, PickConnection(), intended, outcomes[i]);
+    auto owner = std::make_shared<Call>(*this, PickConnection(), intended, outcomes[i]);
+    Call* const call = owner.get();
     {
       MutexLock lock(mutex_);
-      running_.emplace(call.get(), call);
+      ++calls_;
+      running_.emplace(call, std::move(owner));
     }
     call->Start(std::move(request));
   }
@@ -153,18 +155,22 @@ LoadTest::Connection& LoadTest::PickConnection() {
 }
 
 void LoadTest::Finished(Call* call) {
-  std::shared_ptr<Call> last;  // destroyed without the lock
+  std::shared_ptr<Call> owner;
+  {
+    MutexLock lock(mutex_);
+    const auto found = running_.find(call);
+    owner = std::move(found->second);
+    running_.erase(found);
+  }
+  owner.reset();  // not under the lock
   MutexLock lock(mutex_);
-  const auto found = running_.find(call);
-  last = std::move(found->second);
-  running_.erase(found);
-  if (running_.empty()) changed_.NotifyAll();
+  if (--calls_ == 0) changed_.NotifyAll();
 }
 
 void LoadTest::WaitForAll(TimePoint patience) {
   const auto wait_until = [this](TimePoint until) {
     MutexLock lock(mutex_);
-    while (!running_.empty()) {
+    while (calls_ > 0) {
       const Duration left = until - clock_.Now();
       if (left <= Duration::zero()) return false;
       changed_.WaitFor(mutex_, std::min<Duration>(left, std::chrono::seconds(1)));
@@ -179,6 +185,7 @@ void LoadTest::WaitForAll(TimePoint patience) {
   }
   // Without the lock: a cancel may run the call's end on this thread.
   for (const auto& call : rest) call->Cancel();
+  rest.clear();
   wait_until(TimePoint::max());
 }
 

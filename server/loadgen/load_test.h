@@ -69,6 +69,8 @@ class LoadTest {
   CondVar changed_;
   // Shared, because a call may end while it is being cancelled.
   absl::flat_hash_map<Call*, std::shared_ptr<Call>> running_ ABSL_GUARDED_BY(mutex_);
+  // Calls that exist. Connections must not close under one, nor on gRPC's threads.
+  int calls_ ABSL_GUARDED_BY(mutex_) = 0;
 };
 
 }  // namespace mobi

@@ -24,11 +24,13 @@
 #include "server/load_model.h"
 #include "server/loadgen/load_test.h"
 #include "server/mobi_server.h"
+#include "server/rpc_status.h"
 #include "server/transport.h"
 #include "tests/engine/test_models.h"
 #include "tests/server/server_fixture.h"
 
 ABSL_FLAG(std::string, model, "deploy/demo/checkpoint", "Model folder to serve.");
+ABSL_FLAG(std::string, server, "", "Server to measure instead of one of our own.");
 ABSL_FLAG(std::string, sections, "long_prompt,overload,prefix,overhead,streams,cancels",
           "What to measure.");
 ABSL_FLAG(int, rounds, 6, "Repetitions of what is short.");
@@ -60,10 +62,23 @@ class Served {
     MOBI_ASSIGN_OR_RETURN(served->server_, MobiServer::Start(TestServerOptions(),
                                                              PolicyFromFlags(8), served->clock_));
     served->server_->Serve(std::move(model));
+    served->address_ = absl::StrCat("127.0.0.1:", served->server_->data_port());
     return served;
   }
 
-  std::string address() const { return absl::StrCat("127.0.0.1:", server_->data_port()); }
+  // Somebody else's server.
+  static absl::StatusOr<std::unique_ptr<Served>> At(const std::string& address) {
+    grpc::ClientContext context;
+    v1::GetModelResponse model;
+    const auto stub = v1::Inference::NewStub(Connect(address));
+    MOBI_RETURN_IF_ERROR(FromGrpcStatus(stub->GetModel(&context, {}, &model)));
+    std::unique_ptr<Served> served(new Served());
+    served->address_ = address;
+    served->vocab_size_ = model.architecture().vocab_size();
+    return served;
+  }
+
+  const std::string& address() const { return address_; }
   Engine& engine() { return *engine_; }
 
   // Each run has prompts of its own, so nothing is cached from the last.
@@ -78,8 +93,10 @@ class Served {
  private:
   RealClock clock_;
   Engine* engine_ = nullptr;
+  std::string address_;
+  std::vector<std::shared_ptr<grpc::Channel>> channels_;  // kept from run to run
   int vocab_size_ = 0;
-  uint64_t runs_ = 0;
+  uint64_t runs_ = static_cast<uint64_t>(getpid()) << 20;
   std::unique_ptr<MobiServer> server_;
 };
 
@@ -371,7 +388,10 @@ absl::Status RunSections() {
   const std::string sections = absl::GetFlag(FLAGS_sections);
   const auto wanted = [&](const char* section) { return absl::StrContains(sections, section); };
   if (wanted("long_prompt") || wanted("overload") || wanted("prefix")) {
-    MOBI_ASSIGN_OR_RETURN(const auto served, Served::Open(absl::GetFlag(FLAGS_model)));
+    const std::string server = absl::GetFlag(FLAGS_server);
+    MOBI_ASSIGN_OR_RETURN(const auto served, server.empty()
+                                                 ? Served::Open(absl::GetFlag(FLAGS_model))
+                                                 : Served::At(server));
     if (wanted("long_prompt")) MOBI_RETURN_IF_ERROR(LongPrompt(*served));
     if (wanted("prefix")) MOBI_RETURN_IF_ERROR(Prefix(*served));
     if (wanted("overload")) MOBI_RETURN_IF_ERROR(Overload(*served));

@@ -63,6 +63,22 @@ TEST(StepPace, ToleratesNoise) {
   }
 }
 
+// Now and then a step loses its core for a hundred times as long: chunks must not grow with it.
+TEST(StepPace, IsNotFooledByStalls) {
+  const auto machine = [](int d, int p) { return 2e-4 + 6e-4 * (d + p); };
+  std::mt19937_64 random(3);
+  StepPace pace(1.75, 64, kBudget / 2);
+  int largest = 0;
+  for (int i = 0; i < 3000; ++i) {
+    const int chunk = i % 400 < 200 ? 0 : std::min(pace.PromptTokensBeside(16), kBudget);
+    const double stall = random() % 40 == 0 ? 100 : 1;
+    pace.Observe(16, chunk, machine(16, chunk) * stall);
+    if (i > 50) largest = std::max(largest, chunk);
+  }
+  EXPECT_LE(largest, 40);
+  EXPECT_GE(pace.PromptTokensBeside(16), 8);
+}
+
 // Precision fell, or a neighbour went away: the machine is suddenly four times as fast.
 TEST(StepPace, FollowsAChangeWithoutADecodeOnlyStep) {
   StepPace pace(1.75, 64, kBudget / 2);
