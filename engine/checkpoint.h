@@ -51,7 +51,7 @@ class Checkpoint final : public WeightSource {
   absl::Span<const PricePoint> coherent_price_table() const override {
     return coherent_price_table_;
   }
-  int coherent_batch() const { return coherent_batch_; }  // 0: no coherent table
+  int coherent_batch() const override { return coherent_batch_; }  // 0: no coherent table
 
   bool Has(std::string_view name) const { return tensors_.find(name) != tensors_.end(); }
   // NOT_FOUND names file and tensor; the second form also checks the shape (INVALID_ARGUMENT).

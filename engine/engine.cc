@@ -70,9 +70,9 @@ class EngineImpl final : public Engine {
   void EndExpired(TimePoint now);
   Duration PrefillTime(const Request& request) const;
   absl::Status Step();
-  void CountCoherent(const StepResult& result);
+  void CountCoherent(const StepResult& result, const PrecisionTarget& target);
   void LearnPace(absl::Span<const ScheduledChunk> plan, int started);
-  void Commit(const ChunkResult& result, TimePoint now);
+  void Commit(const ChunkResult& result, const PrecisionTarget& target, TimePoint now);
   void EmitToken(Sequence& sequence, const ChunkResult& result, TimePoint now);
   void EndCompletion(Sequence& sequence, FinishReason reason, std::optional<int32_t> stop_id);
   // Ends what is left of the request with `status`.
@@ -289,8 +289,8 @@ absl::Status EngineImpl::Step() {
   const PrecisionTarget target = Target();
   MOBI_ASSIGN_OR_RETURN(StepResult result, runner_.Run(plan, target));
   const TimePoint now = clock_.Now();
-  for (const ChunkResult& chunk : result.chunks) Commit(chunk, now);
-  CountCoherent(result);
+  for (const ChunkResult& chunk : result.chunks) Commit(chunk, target, now);
+  CountCoherent(result, target);
   ++counters_.steps;
   counters_.loaded_bits_sum += result.loaded_bits;
   counters_.last_step_seconds = ToSeconds(now - begin);
@@ -299,15 +299,13 @@ absl::Status EngineImpl::Step() {
   return absl::OkStatus();
 }
 
-// The decodes of a coherent step share levels, so any of them tells its bits; a request with a band
-// of its own among them would pull the others along, so only steps at the target count.
-void EngineImpl::CountCoherent(const StepResult& result) {
+// The decodes of a coherent step share levels, so any of them tells its bits.
+void EngineImpl::CountCoherent(const StepResult& result, const PrecisionTarget& target) {
   if (result.chunks.empty() || !result.chunks.front().coherent) return;
-  for (const ChunkResult& chunk : result.chunks) {
-    if (chunk.coherent && !chunk.tracked) return;
-  }
   ++counters_.coherent_steps;
   counters_.coherent_bits_sum += result.chunks.front().last_effective_bits;
+  counters_.coherent_target_sum += result.coherent_target_bits;
+  counters_.coherent_trim_sum += target.coherent_log_price_trim;
 }
 
 void EngineImpl::LearnPace(absl::Span<const ScheduledChunk> plan, int started) {
@@ -328,7 +326,7 @@ void EngineImpl::LearnPace(absl::Span<const ScheduledChunk> plan, int started) {
   admission_.StepEnded(load, pace_.seconds_per_prompt_token());
 }
 
-void EngineImpl::Commit(const ChunkResult& result, TimePoint now) {
+void EngineImpl::Commit(const ChunkResult& result, const PrecisionTarget& target, TimePoint now) {
   Sequence& sequence = *result.chunk.sequence;
   Request& request = *sequence.request;
   scheduler_.Computed(result.chunk, result.kv_bits);
@@ -339,6 +337,8 @@ void EngineImpl::Commit(const ChunkResult& result, TimePoint now) {
   if (result.tracked && !result.coherent) {
     counters_.tracked_bits_sum += result.effective_bits_sum;
     counters_.tracked_tokens += static_cast<uint64_t>(result.chunk.count);
+    counters_.tracked_target_sum += result.chunk.count * double{target.target_bits};
+    counters_.tracked_trim_sum += result.chunk.count * double{target.log_price_trim};
   }
   if (!result.chunk.decode) {
     counters_.prompt_tokens += static_cast<uint64_t>(result.chunk.count);
@@ -512,7 +512,8 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
   const auto coherent =
       source.coherent_price_table().empty() ? token : source.coherent_price_table();
   const Prices prices{PriceTable({token.begin(), token.end()}),
-                      PriceTable({coherent.begin(), coherent.end()})};
+                      PriceTable({coherent.begin(), coherent.end()}),
+                      std::max(1, source.coherent_batch())};
   MOBI_ASSIGN_OR_RETURN(StepRunner runner, StepRunner::Create(options, max_model_len, model, prices,
                                                               std::move(kv), backend));
   return std::make_unique<EngineImpl>(options, max_model_len, model, clock, std::move(runner),

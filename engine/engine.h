@@ -171,9 +171,16 @@ struct EngineStats {
   // what the price alone decided, and so what the controller may correct.
   double tracked_bits_sum = 0;
   uint64_t tracked_tokens = 0;
-  // Over steps: bits that the decodes of a coherent step shared.
+  // Over the same tokens: target and log_price_trim that their steps used. Both change between
+  // steps, and this is the only place that knows which step used which.
+  double tracked_target_sum = 0;
+  double tracked_trim_sum = 0;
+  // Over steps: bits that the decodes of a coherent step shared, and as above. The target is the
+  // largest of theirs: a request with a floor above the engine's lifts those that it shares with.
   double coherent_bits_sum = 0;
   uint64_t coherent_steps = 0;
+  double coherent_target_sum = 0;
+  double coherent_trim_sum = 0;
   double loaded_bits_sum = 0;  // over steps: bits of weights moved, per weight; divide by steps
   double step_seconds_sum = 0;
   double last_step_seconds = 0;

@@ -37,4 +37,12 @@ TokenPrecision PriceTable::Resolve(const PrecisionBand& band, float target_bits,
   return Resolve(std::clamp(target_bits, band.min_bits, band.max_bits), log_price_trim);
 }
 
+TokenPrecision Prices::Resolve(const PrecisionBand& band, const PrecisionTarget& target,
+                               int num_coherent) const {
+  if (num_coherent == 0) return token.Resolve(band, target.target_bits, target.log_price_trim);
+  const auto crowd = static_cast<float>(num_coherent) / static_cast<float>(coherent_batch);
+  return coherent.Resolve(band, target.target_bits,
+                          target.coherent_log_price_trim + std::log(crowd));
+}
+
 }  // namespace mobi

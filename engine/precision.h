@@ -50,12 +50,12 @@ class PriceTable {
 struct Prices {
   PriceTable token;
   PriceTable coherent;
+  int coherent_batch = 1;  // tokens that shared a level when `coherent` was measured
 
+  // num_coherent: the tokens that share levels with this one; 0: it chooses for itself. Their
+  // losses are summed, so the same bits need a price that grows with their number.
   TokenPrecision Resolve(const PrecisionBand& band, const PrecisionTarget& target,
-                         bool is_coherent) const {
-    return is_coherent ? coherent.Resolve(band, target.target_bits, target.coherent_log_price_trim)
-                       : token.Resolve(band, target.target_bits, target.log_price_trim);
-  }
+                         int num_coherent) const;
 };
 
 }  // namespace mobi

@@ -8,6 +8,20 @@
 #include "engine/sampling.h"
 
 namespace mobi {
+namespace {
+
+// Decodes that share levels move their bytes once, so the one that is promised most decides for all
+// of them: what is moved for it costs the others nothing.
+float SharedBits(absl::Span<const ScheduledChunk> plan, const PrecisionTarget& target) {
+  float bits = 0;
+  for (const ScheduledChunk& chunk : plan) {
+    const PrecisionBand& band = chunk.sequence->request->spec.precision;
+    if (chunk.decode && !band.pinned()) bits = std::max(bits, PriceTable::BitsOf(band, target));
+  }
+  return bits;
+}
+
+}  // namespace
 
 absl::StatusOr<StepRunner> StepRunner::Create(const EngineOptions& options, int max_model_len,
                                               const Model& model, const Prices& prices, KvCache kv,
@@ -68,20 +82,28 @@ absl::StatusOr<StepResult> StepRunner::Run(absl::Span<const ScheduledChunk> plan
 StepRunner::Layout StepRunner::LayOut(absl::Span<const ScheduledChunk> plan,
                                       const PrecisionTarget& target, StepResult& result) {
   for (const ScheduledChunk& chunk : plan) result.chunks.emplace_back().chunk = chunk;
-  // The decodes that may share a level come first, then the pinned ones, then prompts.
-  const auto rank = [](const ChunkResult& r) {
+  result.coherent_target_bits = SharedBits(plan, target);
+  // The decodes that may share a level come first, then those that are pinned or accept less, then
+  // prompts.
+  const auto rank = [&](const ChunkResult& r) {
     if (!r.chunk.decode) return 2;
-    return r.chunk.sequence->request->spec.precision.pinned() ? 1 : 0;
+    const PrecisionBand& band = r.chunk.sequence->request->spec.precision;
+    return band.pinned() || band.max_bits < result.coherent_target_bits ? 1 : 0;
   };
   std::stable_sort(result.chunks.begin(), result.chunks.end(),
                    [&](const auto& a, const auto& b) { return rank(a) < rank(b); });
   Layout layout;
   layout.key.decode_only = true;
   buffers_.query_start.host[0] = 0;
+  PrecisionTarget shared = target;
+  shared.target_bits = result.coherent_target_bits;
+  for (ChunkResult& chunk : result.chunks) {
+    chunk.coherent = options_.coherent_decode && rank(chunk) == 0;
+    layout.key.num_coherent += chunk.coherent;
+  }
   for (size_t i = 0; i < result.chunks.size(); ++i) {
-    result.chunks[i].coherent = options_.coherent_decode && rank(result.chunks[i]) == 0;
-    layout.key.num_coherent += result.chunks[i].coherent;
-    AddChunk(static_cast<int>(i), target, result.chunks[i], layout);
+    AddChunk(static_cast<int>(i), result.chunks[i].coherent ? shared : target, result.chunks[i],
+             layout);
   }
   layout.key.num_logits = layout.num_sampled;
   return layout;
@@ -92,7 +114,8 @@ void StepRunner::AddChunk(int index, const PrecisionTarget& target, ChunkResult&
   const ScheduledChunk& chunk = result.chunk;
   const Sequence& sequence = *chunk.sequence;
   const GenerationRequest& spec = sequence.request->spec;
-  const TokenPrecision precision = prices_.Resolve(spec.precision, target, result.coherent);
+  const TokenPrecision precision =
+      prices_.Resolve(spec.precision, target, result.coherent ? layout.key.num_coherent : 0);
   const int first = layout.key.num_tokens, seq = layout.key.num_seqs;
   layout.first_row.push_back(first);
   for (int i = 0; i < chunk.count; ++i) {

@@ -25,7 +25,7 @@ struct ChunkResult {
   float kv_bits = 8;              // bits that the chunk's tokens were asked to be computed at
   double effective_bits_sum = 0;  // over the chunk's tokens
   float last_effective_bits = 0;  // of the chunk's last token
-  bool tracked = false;           // the request's band holds the target: the price decided
+  bool tracked = false;           // the request's band holds the step's target: the price decided
   bool coherent = false;          // a decode that shared its levels
   bool sampled = false;           // the chunk reached the end of the sequence
   Sampled token{};
@@ -39,6 +39,7 @@ struct ChunkResult {
 struct StepResult {
   std::vector<ChunkResult> chunks;  // in the order of the plan
   double loaded_bits = 0;           // bits per routed weight that the step moved
+  float coherent_target_bits = 0;   // that the coherent chunks were asked to share
 };
 
 class StepRunner {

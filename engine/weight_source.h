@@ -75,6 +75,8 @@ class WeightSource {
   // Ascending bits, prices never rising. Empty for float weights; coherent mode is optional.
   virtual absl::Span<const PricePoint> price_table() const = 0;
   virtual absl::Span<const PricePoint> coherent_price_table() const = 0;
+  // Tokens that shared a level when that table was measured; 0 without one.
+  virtual int coherent_batch() const { return 0; }
 };
 
 }  // namespace mobi

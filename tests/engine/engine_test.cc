@@ -263,6 +263,68 @@ TEST_F(EngineTest, CoherentDecodesShareTheirBitsAndPinnedOnesKeepTheirOwn) {
   }
 }
 
+TEST_F(EngineTest, APremiumRequestKeepsItsFloorInTheBatchThatLowersAStandardOne) {
+  Open();
+  engine_->SetPrecision({2.0f, 0, 0});
+  GateSink gate;
+  ASSERT_TRUE(engine_->Submit(Request(4, 1), &gate).ok());
+  gate.WaitUntilHeld();
+  CollectingSink premium[3], standard[3];
+  const float floors[] = {8.0f, 6.0f, 4.0f};
+  for (int i = 0; i < 3; ++i) {
+    GenerationRequest kept = Request(20, 60, 10 + i);
+    kept.precision.min_bits = floors[i];
+    ASSERT_TRUE(engine_->Submit(kept, &premium[i]).ok());
+    ASSERT_TRUE(engine_->Submit(Request(20, 60, i), &standard[i]).ok());
+  }
+  gate.Open();
+  std::vector<double> alone, beside;
+  for (int i = 0; i < 3; ++i) {
+    EXPECT_EQ(standard[i].Wait().mean_effective_bits, 2);
+    beside.push_back(premium[i].Wait().mean_effective_bits);
+  }
+  EXPECT_EQ(beside[0], 8);
+  // What it has beside others is what it has alone at a target of its floor, to the bit.
+  for (int i = 0; i < 3; ++i) {
+    engine_->SetPrecision({floors[i], 0, 0});
+    CollectingSink sink;
+    GenerationRequest request = Request(20, 60, 10 + i);
+    request.cache_salt = "apart";
+    ASSERT_TRUE(engine_->Submit(request, &sink).ok());
+    alone.push_back(sink.Wait().mean_effective_bits);
+    EXPECT_EQ(sink.completions[0], premium[i].completions[0]);
+  }
+  EXPECT_EQ(alone, beside);
+  EXPECT_GT(beside[1], beside[2]);
+  EXPECT_GT(beside[2], 2);
+}
+
+TEST_F(EngineTest, CoherentDecodesShareTheHighestFloorAndRequestsThatAcceptLessDoNot) {
+  EngineOptions options;
+  options.coherent_decode = true;
+  Open(options);
+  engine_->SetPrecision({3.0f, 0, 0});
+  GateSink gate;
+  ASSERT_TRUE(engine_->Submit(Request(4, 1), &gate).ok());
+  gate.WaitUntilHeld();
+  GenerationRequest premium = Request(20, 40, 1), modest = Request(20, 40, 2);
+  premium.precision.min_bits = 8;
+  modest.precision.max_bits = 2;
+  CollectingSink kept, lifted, apart;
+  ASSERT_TRUE(engine_->Submit(premium, &kept).ok());
+  ASSERT_TRUE(engine_->Submit(Request(20, 80, 3), &lifted).ok());
+  ASSERT_TRUE(engine_->Submit(modest, &apart).ok());
+  gate.Open();
+  EXPECT_EQ(kept.Wait().mean_effective_bits, 8);
+  EXPECT_EQ(apart.Wait().mean_effective_bits, 2);
+  lifted.Wait();
+  for (int step = 1; step < 38; ++step) EXPECT_EQ(lifted.bits[step], 8) << step;
+  // Alone again, it is at the target.
+  EXPECT_LT(lifted.bits.back(), 8);
+  const EngineStats stats = engine_->stats();
+  EXPECT_GE(stats.coherent_target_sum / static_cast<double>(stats.coherent_steps), 3);
+}
+
 TEST_F(EngineTest, CancelledAndExpiredRequestsFreeTheirBlocks) {
   EngineOptions options;
   options.max_num_seqs = 4;

@@ -46,5 +46,19 @@ TEST(PriceTable, AFloatModelIsNeverRouted) {
   EXPECT_EQ(precision.min_level, precision.max_level);
 }
 
+TEST(Prices, SharedLevelsArePricedByHowManyShareThem) {
+  const PriceTable coherent({{2.0f, 1e-3f}, {8.0f, 1e-9f}});
+  const Prices prices{Table(), coherent, 16};
+  const PrecisionTarget target{3.0f, 0.25f, 0.5f};
+  const PrecisionBand any;
+  EXPECT_FLOAT_EQ(prices.Resolve(any, target, 0).price, Table().Resolve(3.0f, 0.25f).price);
+  EXPECT_FLOAT_EQ(prices.Resolve(any, target, 16).price, coherent.Resolve(3.0f, 0.5f).price);
+  for (const int tokens : {1, 4, 64}) {
+    EXPECT_NEAR(prices.Resolve(any, target, tokens).price,
+                coherent.Resolve(3.0f, 0.5f).price * static_cast<float>(tokens) / 16,
+                coherent.PriceOf(3.0f) * 1e-4f);
+  }
+}
+
 }  // namespace
 }  // namespace mobi
