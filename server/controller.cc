@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_format.h"
+#include "engine/base/status_macros.h"
 #include "server/policy_yaml.h"
 #include "server/rpc_status.h"
 
@@ -41,10 +42,21 @@ LoadedPolicy PolicyFromFlags(float bits) {
   return {policy, FormatPolicy(policy), "flags"};
 }
 
-Controller::Controller(const ControllerOptions& options, LoadedPolicy policy, const Clock& clock)
-    : options_(options), clock_(clock) {
+Controller::Controller(const ControllerOptions& options, LoadedPolicy policy, const Clock& clock,
+                       std::unique_ptr<PromqlPoller> prometheus)
+    : options_(options),
+      clock_(clock),
+      prometheus_(std::move(prometheus)),
+      signal_reader_(options.signals) {
   MutexLock lock(mutex_);
   PutInForceLocked(std::move(policy));
+}
+
+void Controller::WatchLatency(const LatencyHistogram& time_to_first_token,
+                              const LatencyHistogram& inter_token_latency) {
+  MutexLock lock(mutex_);
+  time_to_first_token_ = &time_to_first_token;
+  inter_token_latency_ = &inter_token_latency;
 }
 
 void Controller::Attach(Engine* engine, PriceTables prices) {
@@ -59,10 +71,11 @@ void Controller::Tick() {
   MutexLock lock(mutex_);
   const TimePoint now = clock_.Now();
   if (override_ && now >= override_->until) override_.reset();
-  ChooseTargetLocked();
-  if (engine_ == nullptr) return;
+  if (engine_ == nullptr) return ChooseTargetLocked();
   const EngineStats stats = engine_->stats();
-  if (status_.elastic) TrackLocked(stats);
+  FollowLoadLocked(now, stats);
+  ChooseTargetLocked();
+  if (status_.elastic) TrackLocked(now, stats);
   AverageLocked(now, stats);
 }
 
@@ -71,9 +84,20 @@ PolicyVersion Controller::policy() const {
   return policy_;
 }
 
+absl::Status Controller::Check(const Policy& policy) const {
+  MOBI_RETURN_IF_ERROR(CheckPolicy(policy));
+  if (prometheus_ != nullptr) return absl::OkStatus();
+  for (const PolicySignal& signal : policy.signals) {
+    if (signal.kind != SignalKind::kPromql) continue;
+    return absl::FailedPreconditionError(
+        absl::StrFormat("signal %s: the server was started without --prometheus_url", signal.name));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status Controller::SetPolicy(LoadedPolicy policy,
                                    std::optional<uint64_t> expected_generation) {
-  if (auto status = CheckPolicy(policy.policy); !status.ok()) return status;
+  MOBI_RETURN_IF_ERROR(Check(policy.policy));
   MutexLock lock(mutex_);
   if (expected_generation && *expected_generation != policy_.generation) {
     return absl::AbortedError(
@@ -116,6 +140,7 @@ ControlStatus Controller::status() const {
     status.engine = engine_->stats();
     status.price = status.engine.price;
   }
+  if (prometheus_ != nullptr) status.promql = prometheus_->counts();
   return status;
 }
 
@@ -133,6 +158,8 @@ void Controller::PutInForceLocked(LoadedPolicy policy) {
              .source = std::move(policy.source),
              .generation = policy_.generation + 1,
              .applied_at = clock_.WallNow()};
+  signals_ = policy_.policy->AllSignals();
+  if (prometheus_ != nullptr) prometheus_->SetSignals(signals_);
   open_.reset();
   ChooseTargetLocked();
   ApplyLocked();
@@ -154,6 +181,37 @@ const PolicyWindow& Controller::WindowLocked() {
   return policy_.policy->windows[open_->window];
 }
 
+void Controller::FollowLoadLocked(TimePoint now, const EngineStats& stats) {
+  LoadSample sample{.stats = stats};
+  if (time_to_first_token_ != nullptr) {
+    sample.time_to_first_token = time_to_first_token_->counts();
+    sample.inter_token_latency = inter_token_latency_->counts();
+  }
+  signal_reader_.Add(now, sample);
+  const std::vector<SignalReading> readings = signal_reader_.Read(
+      signals_, prometheus_ == nullptr ? std::map<std::string, double>() : prometheus_->Answers());
+  const PolicyWindow& window = WindowLocked();
+  const double integral = pressure_.integral;
+  pressure_ = UpdatePressure(options_.pressure,
+                             {.floor_bits = window.floor_bits,
+                              .ceiling_bits = window.ceiling_bits,
+                              .readings = readings,
+                              .surface = options_.surface ? &*options_.surface : nullptr,
+                              .step_tokens = signal_reader_.step_tokens()},
+                             now, std::move(pressure_));
+  if (override_) {
+    // Load answers to the override now; afterwards bits move on from there.
+    pressure_.integral = integral;
+    pressure_.moving_bits = pressure_.target_bits =
+        std::clamp(override_->target_bits, window.floor_bits, window.ceiling_bits);
+  }
+  status_.pressure = pressure_.pressure;
+  status_.signals = pressure_.signals;
+  status_.kept_bits = pressure_.kept_bits;
+  status_.ttft_p95_ms = signal_reader_.ttft_p95_ms();
+  status_.itl_p95_ms = signal_reader_.itl_p95_ms();
+}
+
 void Controller::ChooseTargetLocked() {
   const PolicyWindow& window = WindowLocked();
   status_.window = window;
@@ -167,16 +225,20 @@ void Controller::ChooseTargetLocked() {
   }
   const bool fixed = window.floor_bits == window.ceiling_bits;
   status_.mode = fixed ? ControlMode::kFixed : ControlMode::kPolicy;
-  status_.target_bits = window.ceiling_bits;
+  const float wanted = pressure_.updated ? pressure_.target_bits : window.ceiling_bits;
+  status_.target_bits = std::clamp(wanted, window.floor_bits, window.ceiling_bits);
 }
 
-void Controller::TrackLocked(const EngineStats& stats) {
+void Controller::TrackLocked(TimePoint now, const EngineStats& stats) {
   const float target = status_.target_bits;
-  tracker_ = TrackBits(options_.tracker, target, NatsPerBit(prices_.token, target),
-                       {stats.steps, stats.tracked_bits_sum, stats.tracked_tokens}, tracker_);
-  coherent_tracker_ =
-      TrackBits(options_.coherent_tracker, target, NatsPerBit(prices_.coherent, target),
-                {stats.steps, stats.coherent_bits_sum, stats.coherent_steps}, coherent_tracker_);
+  tracker_ = TrackBits(options_.tracker, NatsPerBit(prices_.token, target),
+                       {stats.tracked_bits_sum, stats.tracked_target_sum, stats.tracked_trim_sum,
+                        stats.tracked_tokens},
+                       now, tracker_);
+  coherent_tracker_ = TrackBits(options_.coherent_tracker, NatsPerBit(prices_.coherent, target),
+                                {stats.coherent_bits_sum, stats.coherent_target_sum,
+                                 stats.coherent_trim_sum, stats.coherent_steps},
+                                now, coherent_tracker_);
   ApplyLocked();
 }
 

@@ -6,6 +6,7 @@
 
 #include <chrono>
 #include <deque>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -20,8 +21,13 @@
 #include "engine/checkpoint.h"
 #include "engine/engine.h"
 #include "server/bits_tracker.h"
+#include "server/latency_histogram.h"
 #include "server/policy.h"
 #include "server/policy_windows.h"
+#include "server/pressure.h"
+#include "server/pressure_signals.h"
+#include "server/pressure_surface.h"
+#include "server/promql_poller.h"
 #include "server/schedule_clock.h"
 
 namespace mobi {
@@ -31,8 +37,11 @@ enum class ControlMode { kFixed, kPolicy, kOverride };
 struct ControllerOptions {
   BitsTrackerOptions tracker;  // of tokens that choose for themselves
   // Of decodes that share a level: a measurement is a step, and its tokens average out.
-  BitsTrackerOptions coherent_tracker = {.full_count = 8, .min_count = 2};
+  BitsTrackerOptions coherent_tracker = {.memory = 16};
   ScheduleClockOptions schedule_clock;
+  PressureOptions pressure;
+  SignalReaderOptions signals;
+  std::optional<StepSurface> surface;  // of this machine and model, where it was measured
   Duration interval = std::chrono::milliseconds(50);  // of Tick
   Duration averaging = std::chrono::seconds(1);       // of the status
   Duration max_override = std::chrono::hours(24);
@@ -88,6 +97,12 @@ struct ControlStatus {
   double tokens_per_second = 0;
   double prompt_tokens_per_second = 0;
   double step_seconds = 0;
+  double ttft_p95_ms = 0;  // over the last minute; 0 without requests
+  double itl_p95_ms = 0;
+  double pressure = 0;  // the largest of the signals'
+  std::vector<SignalPressure> signals;
+  float kept_bits = 0;  // asked for by pressure, kept because fewer bits would not be faster
+  std::map<std::string, PromqlCounts> promql;
   EngineStats engine;
 };
 
@@ -102,7 +117,13 @@ float NatsPerBit(absl::Span<const PricePoint> price_table, float bits);
 
 class Controller {
  public:
-  Controller(const ControllerOptions& options, LoadedPolicy policy, const Clock& clock);
+  // `prometheus`: answers the policy's promql signals; without it policies must have none.
+  Controller(const ControllerOptions& options, LoadedPolicy policy, const Clock& clock,
+             std::unique_ptr<PromqlPoller> prometheus = nullptr);
+
+  // The histograms that latency signals are read from; they outlive the controller's last Tick.
+  void WatchLatency(const LatencyHistogram& time_to_first_token,
+                    const LatencyHistogram& inter_token_latency);
 
   // `engine` outlives the controller. Sets its target at once.
   void Attach(Engine* engine, PriceTables prices);
@@ -111,7 +132,10 @@ class Controller {
   void Tick();
 
   PolicyVersion policy() const;
-  // INVALID_ARGUMENT: the policy is bad; ABORTED: `expected_generation` is not the one in force.
+  // What SetPolicy would say of it, generations aside.
+  absl::Status Check(const Policy& policy) const;
+  // INVALID_ARGUMENT: the policy is bad; FAILED_PRECONDITION: it needs what this server was not
+  // started with; ABORTED: `expected_generation` is not the one in force.
   absl::Status SetPolicy(LoadedPolicy policy, std::optional<uint64_t> expected_generation);
   // Counts a reload of the policy file for metrics: OK, or why it was refused.
   void ReportReload(const absl::Status& status);
@@ -134,14 +158,18 @@ class Controller {
 
   void PutInForceLocked(LoadedPolicy policy) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   const PolicyWindow& WindowLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  // Override, else the window's target.
+  // Reads load and moves what pressure makes of the window's bits.
+  void FollowLoadLocked(TimePoint now, const EngineStats& stats)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Override, else pressure's target in the window.
   void ChooseTargetLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void TrackLocked(const EngineStats& stats) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void TrackLocked(TimePoint now, const EngineStats& stats) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void ApplyLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void AverageLocked(TimePoint now, const EngineStats& stats) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   const ControllerOptions options_;
   const Clock& clock_;
+  const std::unique_ptr<PromqlPoller> prometheus_;
   mutable Mutex mutex_;
   Engine* engine_ ABSL_GUARDED_BY(mutex_) = nullptr;
   PriceTables prices_ ABSL_GUARDED_BY(mutex_);
@@ -151,6 +179,11 @@ class Controller {
   std::optional<OpenWindow> open_ ABSL_GUARDED_BY(mutex_);
   absl::Time open_since_ ABSL_GUARDED_BY(mutex_);
   std::optional<ActiveOverride> override_ ABSL_GUARDED_BY(mutex_);
+  const LatencyHistogram* time_to_first_token_ ABSL_GUARDED_BY(mutex_) = nullptr;
+  const LatencyHistogram* inter_token_latency_ ABSL_GUARDED_BY(mutex_) = nullptr;
+  std::vector<PolicySignal> signals_ ABSL_GUARDED_BY(mutex_);  // of policy_
+  SignalReader signal_reader_ ABSL_GUARDED_BY(mutex_);
+  PressureState pressure_ ABSL_GUARDED_BY(mutex_);
   BitsTrackerState tracker_ ABSL_GUARDED_BY(mutex_);
   BitsTrackerState coherent_tracker_ ABSL_GUARDED_BY(mutex_);
   std::deque<Sample> samples_ ABSL_GUARDED_BY(mutex_);

@@ -43,6 +43,16 @@ std::string DescribeMode(const v1::PrecisionStatus& status) {
   }
 }
 
+// "  queue_depth 0.40, kv_usage 0.12": pressure by signal; "?" where there is no value.
+std::string DescribeSignals(const v1::PrecisionStatus& status) {
+  std::string text;
+  for (const v1::SignalPressure& signal : status.signals()) {
+    absl::StrAppendFormat(&text, "%s%s %.2f%s", text.empty() ? "  " : ", ", signal.name(),
+                          signal.pressure(), signal.stale() ? "?" : "");
+  }
+  return text;
+}
+
 }  // namespace
 
 std::string ToJson(const google::protobuf::Message& message) {
@@ -147,25 +157,34 @@ std::string DescribeStatus(const v1::PrecisionStatus& status) {
                         status.policy_generation());
   absl::StrAppendFormat(&text, "price      %.3g loss/byte, trim %+.3f%s\n", status.price(),
                         status.log_price_trim(), status.saturated() ? ", saturated" : "");
+  if (!status.signals().empty()) {
+    absl::StrAppendFormat(&text, "pressure   %.2f:%s\n", status.pressure(),
+                          DescribeSignals(status));
+  }
   absl::StrAppendFormat(&text, "load       %d running, %d waiting (%d tokens), KV %.1f %% used\n",
                         load.running_requests(), load.waiting_requests(), load.waiting_tokens(),
                         load.kv_cache_usage() * 100);
   absl::StrAppendFormat(&text, "speed      %.1f tokens/s, %.1f prompt tokens/s, step %.2f ms\n",
                         load.tokens_per_second(), load.prompt_tokens_per_second(), load.step_ms());
+  absl::StrAppendFormat(&text, "latency    first token %.1f ms, between tokens %.1f ms (p95)\n",
+                        load.ttft_p95_ms(), load.itl_p95_ms());
   return text;
 }
 
 std::string WatchHeading() {
-  return "    time  target  effective  loaded  running  waiting   KV %  tokens/s  step ms  mode\n";
+  return absl::StrFormat("%8s  %6s  %9s  %6s  %8s  %7s  %7s  %5s  %8s  %7s  %8s  %7s  %s\n", "time",
+                         "target", "effective", "loaded", "pressure", "running", "waiting", "KV %",
+                         "tokens/s", "step ms", "ttft p95", "itl p95", "mode, pressure by signal");
 }
 
 std::string WatchRow(const v1::PrecisionStatus& status) {
   const v1::LoadStatus& load = status.load();
-  return absl::StrFormat("%s  %6.2f  %9.2f  %6.2f  %7d  %7d  %5.1f  %8.1f  %7.2f  %s\n",
-                         ClockTime(status.time()), status.target_bits(), status.effective_bits(),
-                         status.loaded_bits(), load.running_requests(), load.waiting_requests(),
-                         load.kv_cache_usage() * 100, load.tokens_per_second(), load.step_ms(),
-                         DescribeMode(status));
+  return absl::StrFormat(
+      "%8s  %6.2f  %9.2f  %6.2f  %8.2f  %7d  %7d  %5.1f  %8.1f  %7.2f  %8.1f  %7.1f  %s%s\n",
+      ClockTime(status.time()), status.target_bits(), status.effective_bits(), status.loaded_bits(),
+      status.pressure(), load.running_requests(), load.waiting_requests(),
+      load.kv_cache_usage() * 100, load.tokens_per_second(), load.step_ms(), load.ttft_p95_ms(),
+      load.itl_p95_ms(), DescribeMode(status), DescribeSignals(status));
 }
 
 }  // namespace mobi

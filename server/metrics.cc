@@ -202,6 +202,43 @@ void Metrics::AddPrecision(const ControlStatus& control, Families& families) con
             {"mode", ModeName(control.mode)},
             {"generation", absl::StrCat(control.policy_generation)}});
   AddPolicyReloads(control.policy_reloads, families);
+  AddSignals(control, families);
+}
+
+void Metrics::AddSignals(const ControlStatus& control, Families& families) {
+  Series series(families, {});
+  series.Gauge("mobi_pressure", "The largest of the signals' pressures; 1 is where one is met.",
+               control.pressure);
+  series.Gauge("mobi_kept_bits",
+               "Bits that pressure asked for and that were kept, since fewer would be no faster.",
+               control.kept_bits);
+  const auto add = [&](const char* name, const char* help, auto&& value) {
+    families.push_back(Family(name, help, MetricType::Gauge));
+    for (const SignalPressure& signal : control.signals) {
+      AddValue(families.back(), value(signal), {{"signal", signal.name}});
+    }
+  };
+  add("mobi_signal_pressure", "value / reference, smoothed.",
+      [](const SignalPressure& signal) { return signal.pressure; });
+  add("mobi_signal_value", "A load signal as it was read.",
+      [](const SignalPressure& signal) { return signal.value; });
+  add("mobi_signal_reference", "The value of a signal that makes a pressure of 1.",
+      [](const SignalPressure& signal) { return signal.reference; });
+  add("mobi_signal_stale", "1: there is no value, and the policy's default pressure is assumed.",
+      [](const SignalPressure& signal) { return signal.stale ? 1.0 : 0.0; });
+  families.push_back(
+      Family("mobi_promql_queries_total", "Questions to Prometheus.", MetricType::Counter));
+  for (const auto& [name, counts] : control.promql) {
+    AddValue(families.back(), static_cast<double>(counts.queries), {{"signal", name}});
+  }
+  families.push_back(Family("mobi_promql_errors_total", "Questions to Prometheus without a value.",
+                            MetricType::Counter));
+  for (const auto& [name, counts] : control.promql) {
+    for (int error = 0; error < kNumPromqlErrors; ++error) {
+      AddValue(families.back(), static_cast<double>(counts.errors[error]),
+               {{"signal", name}, {"reason", PromqlErrorName(static_cast<PromqlError>(error))}});
+    }
+  }
 }
 
 void Metrics::AddPolicyReloads(const PolicyReloads& reloads, Families& families) {

@@ -26,17 +26,23 @@ absl::Status BindError(const std::string& what, const std::string& address) {
 absl::StatusOr<std::unique_ptr<MobiServer>> MobiServer::Start(const ServerOptions& options,
                                                               LoadedPolicy policy,
                                                               const Clock& clock) {
-  MOBI_RETURN_IF_ERROR(CheckPolicy(policy.policy));
-  std::unique_ptr<MobiServer> server(new MobiServer(options, std::move(policy), clock));
+  std::unique_ptr<PromqlPoller> prometheus;
+  if (!options.prometheus_url.empty()) {
+    MOBI_ASSIGN_OR_RETURN(prometheus, PromqlPoller::Start(options.prometheus_url, clock));
+  }
+  std::unique_ptr<MobiServer> server(
+      new MobiServer(options, std::move(policy), clock, std::move(prometheus)));
+  MOBI_RETURN_IF_ERROR(server->controller_.Check(*server->controller_.policy().policy));
   MOBI_RETURN_IF_ERROR(server->Listen());
   return server;
 }
 
-MobiServer::MobiServer(const ServerOptions& options, LoadedPolicy policy, const Clock& clock)
+MobiServer::MobiServer(const ServerOptions& options, LoadedPolicy policy, const Clock& clock,
+                       std::unique_ptr<PromqlPoller> prometheus)
     : options_(options),
       clock_(clock),
       state_([this](bool ready) { SetReadiness(ready); }),
-      controller_(options.controller, std::move(policy), clock),
+      controller_(options.controller, std::move(policy), clock, std::move(prometheus)),
       metrics_(std::make_shared<Metrics>(Metrics::Sources{
           .control = [this] { return controller_.status(); },
           .ready = [this] { return state_.ready(); },
@@ -46,7 +52,9 @@ MobiServer::MobiServer(const ServerOptions& options, LoadedPolicy policy, const 
                               clock_, *metrics_, registry_, pump_, seeds_}),
       precision_(PrecisionServices{controller_, state_, registry_, *metrics_, clock_,
                                    options.drain_grace}),
-      last_progress_(clock.Now()) {}
+      last_progress_(clock.Now()) {
+  controller_.WatchLatency(metrics_->time_to_first_token, metrics_->inter_token_latency);
+}
 
 MobiServer::~MobiServer() {
   policy_file_.reset();

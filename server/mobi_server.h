@@ -32,6 +32,7 @@ struct ServerOptions {
   StreamLimits stream_limits;
   TransportLimits transport_limits;
   ControllerOptions controller;
+  std::string prometheus_url;  // that policies' promql signals are asked of; empty: none
   // How long running requests may take once the server is told to stop.
   Duration drain_grace = std::chrono::seconds(45);
   // Requests run but no step ended for so long: not ready.
@@ -42,7 +43,7 @@ struct ServerOptions {
 class MobiServer {
  public:
   // Binds the ports. UNAVAILABLE names the address that cannot be bound, INVALID_ARGUMENT a bad
-  // policy. `clock` outlives the server.
+  // policy or URL, FAILED_PRECONDITION what the policy lacks. `clock` outlives the server.
   static absl::StatusOr<std::unique_ptr<MobiServer>> Start(const ServerOptions& options,
                                                            LoadedPolicy policy, const Clock& clock);
   // Ends what still runs with UNAVAILABLE and closes the ports.
@@ -69,7 +70,8 @@ class MobiServer {
   Metrics& metrics() const { return *metrics_; }
 
  private:
-  MobiServer(const ServerOptions& options, LoadedPolicy policy, const Clock& clock);
+  MobiServer(const ServerOptions& options, LoadedPolicy policy, const Clock& clock,
+             std::unique_ptr<PromqlPoller> prometheus);
   absl::Status Listen();
   absl::Status ListenData();
   absl::Status ListenAdmin();

@@ -27,6 +27,8 @@ ABSL_FLAG(std::string, listen, "0.0.0.0:50051", "Address for applications.");
 ABSL_FLAG(std::string, admin_listen, "127.0.0.1:50052", "Address for operators.");
 ABSL_FLAG(std::string, metrics_listen, "127.0.0.1:9400", "Address of /metrics.");
 ABSL_FLAG(std::string, policy, "", "Policy file (YAML), followed while serving.");
+ABSL_FLAG(std::string, prometheus_url, "", "Prometheus server that promql signals are asked of.");
+ABSL_FLAG(std::string, surface, "", "What mobi-bench surface measured: step latency by bits.");
 ABSL_FLAG(float, target_bits, 8, "Average bits per weight to serve at without a policy, 2 to 8.");
 ABSL_FLAG(int, max_num_seqs, 64, "Sequences in one step.");
 ABSL_FLAG(int, max_num_batched_tokens, 512, "Tokens in one step; long prompts are cut to fit.");
@@ -91,8 +93,12 @@ LoadOptions LoadOptionsFromFlags() {
   return options;
 }
 
-ServerOptions ServerOptionsFromFlags() {
+absl::StatusOr<ServerOptions> ServerOptionsFromFlags() {
   ServerOptions options;
+  options.prometheus_url = absl::GetFlag(FLAGS_prometheus_url);
+  if (const std::string path = absl::GetFlag(FLAGS_surface); !path.empty()) {
+    MOBI_ASSIGN_OR_RETURN(options.controller.surface, StepSurface::Load(path));
+  }
   options.listen = absl::GetFlag(FLAGS_listen);
   options.admin_listen = absl::GetFlag(FLAGS_admin_listen);
   options.metrics_listen = absl::GetFlag(FLAGS_metrics_listen);
@@ -211,13 +217,17 @@ int Serve(const std::string& program) {
   const LoadOptions load = LoadOptionsFromFlags();
   auto policy = PolicyOfFlags();
   if (!policy.ok()) return Fail(kExitUsage, policy.status());
+  const auto server_options = ServerOptionsFromFlags();
+  if (!server_options.ok()) return Fail(kExitUsage, server_options.status());
+  const ServerOptions& options = *server_options;
   auto opened = OpenModel(load);
   if (!opened.ok()) return Fail(kExitUsage, opened.status());
 
   EnableTransportPlugins();
-  const ServerOptions options = ServerOptionsFromFlags();
   auto server = MobiServer::Start(options, *policy, clock);
-  if (!server.ok()) return Fail(kExitFailure, server.status());
+  if (!server.ok()) {
+    return Fail(absl::IsUnavailable(server.status()) ? kExitFailure : kExitUsage, server.status());
+  }
   if (const std::string path = absl::GetFlag(FLAGS_policy); !path.empty()) {
     auto status = (*server)->WatchPolicy(path, policy->yaml);
     if (!status.ok()) return Fail(kExitFailure, status);

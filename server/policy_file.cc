@@ -168,7 +168,13 @@ void PolicyFile::LoadIfChanged(bool always) {
   }
   last_yaml_ = *text;
   auto policy = ParsePolicy(*text, path_);
-  last_status_ = policy.ok() ? apply_({*text, *std::move(policy)}) : policy.status();
+  last_status_ = policy.status();
+  if (policy.ok()) {
+    const absl::Status applied = apply_({*text, *std::move(policy)});
+    last_status_ = applied.ok()
+                       ? applied
+                       : absl::Status(applied.code(), absl::StrCat(path_, ": ", applied.message()));
+  }
   report_(last_status_);
 }
 

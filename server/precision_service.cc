@@ -63,6 +63,8 @@ void FillLoad(const ControlStatus& status, v1::LoadStatus& out) {
   out.set_tokens_per_second(status.tokens_per_second);
   out.set_prompt_tokens_per_second(status.prompt_tokens_per_second);
   out.set_step_ms(status.step_seconds * 1e3);
+  out.set_ttft_p95_ms(status.ttft_p95_ms);
+  out.set_itl_p95_ms(status.itl_p95_ms);
 }
 
 }  // namespace
@@ -141,6 +143,15 @@ v1::PrecisionStatus PrecisionService::Status() const {
   out.set_policy_generation(status.policy_generation);
   out.set_mode(ModeOf(status.mode));
   if (status.override_until) *out.mutable_override_until() = TimestampOf(*status.override_until);
+  out.set_pressure(static_cast<float>(status.pressure));
+  for (const SignalPressure& signal : status.signals) {
+    v1::SignalPressure& added = *out.add_signals();
+    added.set_name(signal.name);
+    added.set_value(signal.value);
+    added.set_reference(signal.reference);
+    added.set_pressure(static_cast<float>(signal.pressure));
+    added.set_stale(signal.stale);
+  }
   out.set_bits_deficit(status.bits_deficit);
   out.set_seconds_below_floor(status.seconds_below_floor);
   FillLoad(status, *out.mutable_load());
@@ -153,7 +164,7 @@ absl::Status PrecisionService::DoSetPolicy(const v1::SetPolicyRequest& request) 
   if (request.yaml().empty()) return FieldError("yaml", "is empty");
   const auto policy = ParsePolicy(request.yaml(), "policy");
   if (!policy.ok()) return FieldError("yaml", std::string(policy.status().message()));
-  if (request.validate_only()) return absl::OkStatus();
+  if (request.validate_only()) return services_.controller.Check(*policy);
   const std::optional<uint64_t> expected = request.has_expected_generation()
                                                ? std::optional(request.expected_generation())
                                                : std::nullopt;

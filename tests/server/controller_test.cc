@@ -38,6 +38,8 @@ class CountingEngine final : public Engine {
     stats_.effective_bits_sum += 8 * bits;
     stats_.tracked_tokens += 8;
     stats_.tracked_bits_sum += 8 * bits;
+    stats_.tracked_target_sum += 8 * target_.target_bits;
+    stats_.tracked_trim_sum += 8 * target_.log_price_trim;
     stats_.loaded_bits_sum += bits + 0.5;
   }
 

@@ -80,8 +80,9 @@ TestServer::TestServer(ScriptedEngine::Options engine, const ServerOptions& opti
   if (load) Load();
 }
 
-TestServer::TestServer(std::unique_ptr<ServedModel> model) : model_(std::move(model)) {
-  Start(TestServerOptions());
+TestServer::TestServer(std::unique_ptr<ServedModel> model, const ServerOptions& options)
+    : model_(std::move(model)) {
+  Start(options);
   Load();
 }
 

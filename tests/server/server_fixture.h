@@ -39,7 +39,8 @@ class TestServer {
                       const ServerOptions& options = TestServerOptions(), bool load = true);
 
   // Over a model that is loaded already; engine() is not for it.
-  explicit TestServer(std::unique_ptr<ServedModel> model);
+  explicit TestServer(std::unique_ptr<ServedModel> model,
+                      const ServerOptions& options = TestServerOptions());
 
   // Takes requests; done by the constructor unless load was false.
   void Load();
