@@ -34,6 +34,7 @@ ALL_ON = {
     "metrics": {"serviceMonitor": {"enabled": True, "labels": {"release": "kps"}},
                 "prometheusRule": {"enabled": True},
                 "dashboards": {"enabled": True, "annotations": {"folder": "MoBiServe"}}},
+    "prometheusUrl": "http://prometheus:9090",
     "commonLabels": {"team": "inference"}, "podLabels": {"a": "b"}, "podAnnotations": {"c": "d"},
     "imagePullSecrets": [{"name": "registry"}], "priorityClassName": "high",
     "runtimeClassName": "nvidia", "nodeSelector": {"disk": "ssd"},

@@ -12,7 +12,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import named_metrics  # noqa: E402
-from server_process import ROOT, Server  # noqa: E402
+from server_process import Server, free_ports, write_policy  # noqa: E402
 
 
 def types_of(exposition):
@@ -34,8 +34,10 @@ def drive_load(server):
 
 
 def main():
-    policy = ROOT / "deploy" / "policies" / "peak-off-peak.yaml"
-    with Server(sys.argv[1], "--policy", str(policy)) as server:
+    policy = write_policy(pathlib.Path(sys.argv[2]) / "policy.yaml")
+    nobody, = free_ports(1)  # the signal asked of Prometheus stays without an answer
+    with Server(sys.argv[1], "--policy", policy, "--prometheus_url",
+                f"http://127.0.0.1:{nobody}") as server:
         drive_load(server)
         exposition = server.scrape()
     types, names = types_of(exposition), names_of(exposition)

@@ -4,18 +4,17 @@ recording rule and alert, and the autoscaler's queries, through its API.
 
 usage: prometheus_test.py BIN_DIR WORK_DIR
 """
-import json
 import pathlib
 import re
 import shutil
 import subprocess
 import sys
 import time
-import urllib.parse
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import named_metrics  # noqa: E402
-from server_process import ROOT, Server, fetch, free_ports, wait_until  # noqa: E402
+from prometheus_process import Prometheus  # noqa: E402
+from server_process import Server, free_ports, wait_until, write_policy  # noqa: E402
 
 WORK = pathlib.Path(sys.argv[2])
 LOAD_SECONDS = 10
@@ -27,39 +26,6 @@ MAY_BE_EMPTY = {
 }
 SUBSTITUTES = {"$namespace": ".*", "$job": ".*", "$instance": ".*", "$__rate_interval": "8s",
                "[1m]": "[8s]", "[5m]": "[8s]", "offset 1m": "offset 8s"}
-
-
-class Prometheus:
-    def __init__(self, target):
-        shutil.rmtree(WORK, ignore_errors=True)
-        WORK.mkdir(parents=True)
-        config = WORK / "prometheus.yml"
-        files = named_metrics.FILES
-        config.write_text(json.dumps({
-            "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
-            "rule_files": [str(files / "recordings.yml"), str(files / "alerts.yml")],
-            "scrape_configs": [{"job_name": "demo", "static_configs": [{"targets": [target]}]}]}))
-        self.url = f"http://127.0.0.1:{free_ports(1)[0]}"
-        self.log = open(WORK / "log", "w")
-        self.process = subprocess.Popen(
-            ["prometheus", f"--config.file={config}", f"--storage.tsdb.path={WORK / 'data'}",
-             f"--web.listen-address={self.url.removeprefix('http://')}"],
-            stdout=self.log, stderr=self.log)
-        wait_until(lambda: "Ready" in fetch(self.url + "/-/ready"), "Prometheus is ready")
-
-    def api(self, path, **parameters):
-        url = f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
-        answer = json.loads(fetch(url))
-        assert answer["status"] == "success", answer
-        return answer["data"]
-
-    def samples(self, expression):
-        return self.api("query", query=expression)["result"]
-
-    def stop(self):
-        self.process.kill()
-        self.process.wait()
-        self.log.close()
 
 
 def substituted(expression):
@@ -126,9 +92,9 @@ def main():
     if not shutil.which("prometheus"):
         print("SKIPPED: prometheus is not installed")
         sys.exit(77)
-    policy = ROOT / "deploy" / "policies" / "peak-off-peak.yaml"
-    with Server(sys.argv[1], "--policy", str(policy)) as server:
-        prometheus = Prometheus(server.metrics)
+    policy, url = write_policy(WORK / "policy.yaml"), f"http://127.0.0.1:{free_ports(1)[0]}"
+    with Server(sys.argv[1], "--policy", policy, "--prometheus_url", url) as server:
+        prometheus = Prometheus(WORK, url, server.metrics)
         try:
             lanes = drive_load(server, LOAD_SECONDS)
             check_queries(prometheus)

@@ -38,6 +38,15 @@ def wait_until(condition, what, seconds=60):
         time.sleep(0.05)
 
 
+def write_policy(path):
+    """The example policy for peaks, with a signal that is asked of Prometheus."""
+    example = (ROOT / "deploy" / "policies" / "peak-off-peak.yaml").read_text()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(example + "  - {kind: promql, name: cache, reference: 0.9, "
+                    "query: 'max(vllm:kv_cache_usage_perc)'}\n")
+    return path
+
+
 class Server:
     """mobi-server with the demo model. Ready when the constructor returns."""
 
