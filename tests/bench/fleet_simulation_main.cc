@@ -1,0 +1,434 @@
+// fleet-simulation: replicas behind a load balancer, scaled by the chart's ScaledObject, each with
+// the server's own precision controller, on a trace of requests. Compares replicas only, precision
+// only, and both, by replica-seconds, objectives met and bits. Time is simulated; a step's duration
+// is read from a measured surface. What the model leaves out is in deploy/simulation/README.md.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <deque>
+#include <fstream>
+#include <memory>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "absl/flags/flag.h"
+#include "absl/strings/str_cat.h"
+#include "engine/base/flags.h"
+#include "engine/base/status_macros.h"
+#include "server/latency_histogram.h"
+#include "server/loadgen/trace.h"
+#include "server/policy_file.h"
+#include "server/pressure.h"
+#include "server/pressure_signals.h"
+#include "server/pressure_surface.h"
+
+ABSL_FLAG(std::string, trace, "", "CSV of TIMESTAMP,ContextTokens,GeneratedTokens.");
+ABSL_FLAG(std::string, surface, "", "Step latency by bits and tokens (JSON).");
+ABSL_FLAG(std::string, policy, "", "Policy file; its first window is in force throughout.");
+ABSL_FLAG(int, load, 1, "Requests of the trace are sent so many times.");
+ABSL_FLAG(int, min_replicas, 1, "Of the ScaledObject.");
+ABSL_FLAG(int, max_replicas, 16, "Of the ScaledObject.");
+ABSL_FLAG(double, replica_start_s, 120, "From the decision to a ready replica.");
+ABSL_FLAG(double, queue_depth, 4, "Waiting requests that one replica may have.");
+ABSL_FLAG(double, bits_deficit, 0.5, "Deficit that one replica may have.");
+ABSL_FLAG(int, max_num_seqs, 64, "Sequences in one step.");
+ABSL_FLAG(int, max_num_batched_tokens, 512, "Tokens in one step.");
+ABSL_FLAG(int, kv_tokens, 262144, "Tokens of context that fit into one replica.");
+ABSL_FLAG(std::string, csv, "", "Writes time series of each run to PREFIX-RUN.csv.");
+
+namespace {
+
+using namespace mobi;
+
+constexpr double kTick = 0.05;            // of the controller
+constexpr double kPoll = 15;              // of the autoscaler
+constexpr double kAverage = 60;           // avg_over_time of its queries
+constexpr double kStabilization = 300;    // of scaling down
+constexpr double kScaleDownPeriod = 120;  // one replica at most in such a time
+constexpr double kTolerance = 0.1;        // of the autoscaler around its threshold
+constexpr double kMaxQueueWait = 10;
+constexpr double kWarmUp = 600;  // not measured
+
+struct Request {
+  double arrival = 0;
+  int prompt_tokens = 0;
+  int output_tokens = 0;
+};
+
+struct Objectives {
+  double ttft_seconds = 0.5;
+  double itl_seconds = 0.05;
+};
+
+// What users got, over all replicas.
+struct Outcome {
+  int64_t first_tokens = 0, first_in_time = 0, later_tokens = 0, later_in_time = 0, refused = 0;
+  double bits_sum = 0;
+  int64_t tokens = 0;
+  double replica_seconds = 0;
+  int most_replicas = 0;
+};
+
+// Continuous batching with chunked prefill, in arrival order, as the scheduler's defaults are.
+class Replica {
+ public:
+  Replica(const StepSurface& surface, const Policy& policy, const Objectives& objectives,
+          bool elastic)
+      : surface_(surface),
+        policy_(policy),
+        window_(policy.windows.front()),
+        objectives_(objectives),
+        elastic_(elastic) {
+    bits_ = window_.ceiling_bits;
+    state_.target_bits = window_.ceiling_bits;
+  }
+
+  void Submit(const Request& request) { waiting_.push_back({request}); }
+  int load() const { return static_cast<int>(waiting_.size() + running_.size()); }
+  int waiting() const { return static_cast<int>(waiting_.size()); }
+  double bits() const { return bits_; }
+  // A replica that has computed nothing within the query's range does not count.
+  double deficit(double time) const {
+    const double range = window_.ceiling_bits - window_.floor_bits;
+    const bool idle = time_of_work_ < time - kAverage;
+    return idle || range <= 0 ? 0 : (window_.ceiling_bits - bits_) / range;
+  }
+
+  void RunUntil(double time, Outcome& outcome) {
+    while (true) {
+      if (!in_step_ && !BeginStep(outcome)) break;
+      if (step_end_ > time) return;
+      time_ = step_end_;
+      EndStep(outcome);
+    }
+    time_ = time;
+  }
+
+  // The server's own outer loop; the inner one is taken to hold its target.
+  void Control(double time) {
+    LoadSample sample{stats_, ttft_.counts(), itl_.counts()};
+    sample.stats.waiting_requests = waiting();
+    sample.stats.running_requests = static_cast<int>(running_.size());
+    sample.stats.num_kv_blocks = absl::GetFlag(FLAGS_kv_tokens);
+    sample.stats.free_kv_blocks = sample.stats.num_kv_blocks - kv_tokens_;
+    for (const Sequence& s : waiting_) sample.stats.waiting_tokens += s.request.prompt_tokens;
+    if (!elastic_) return;
+    const TimePoint now{std::chrono::duration_cast<Duration>(std::chrono::duration<double>(time))};
+    reader_.Add(now, sample);
+    const auto readings = reader_.Read(policy_.AllSignals(), {});
+    state_ = UpdatePressure({},
+                            {.floor_bits = window_.floor_bits,
+                             .ceiling_bits = window_.ceiling_bits,
+                             .readings = readings,
+                             .surface = &surface_,
+                             .step_tokens = reader_.step_tokens()},
+                            now, state_);
+    bits_ = state_.target_bits;
+  }
+
+ private:
+  struct Sequence {
+    Request request;
+    int computed = 0;
+    int generated = 0;
+    double last_token = 0;
+    int chunk = 0;
+  };
+
+  bool BeginStep(Outcome& outcome) {
+    while (!waiting_.empty() && time_ - waiting_.front().request.arrival > kMaxQueueWait) {
+      outcome.refused += waiting_.front().request.arrival > kWarmUp;
+      waiting_.pop_front();
+    }
+    while (!waiting_.empty() &&
+           static_cast<int>(running_.size()) < absl::GetFlag(FLAGS_max_num_seqs)) {
+      const Request& next = waiting_.front().request;
+      const int room = next.prompt_tokens + next.output_tokens;
+      if (kv_tokens_ + room > absl::GetFlag(FLAGS_kv_tokens)) break;
+      kv_tokens_ += room;
+      time_ = std::max(time_, next.arrival);
+      running_.push_back(waiting_.front());
+      waiting_.pop_front();
+    }
+    if (running_.empty()) return false;
+    int budget = absl::GetFlag(FLAGS_max_num_batched_tokens);
+    for (Sequence& s : running_) budget -= s.chunk = s.generated > 0;
+    for (Sequence& s : running_) {
+      if (s.generated == 0) {
+        budget -= s.chunk = std::min(budget, s.request.prompt_tokens - s.computed);
+      }
+    }
+    step_tokens_ = absl::GetFlag(FLAGS_max_num_batched_tokens) - budget;
+    step_bits_ = bits_;
+    step_end_ = time_ + surface_.StepMs(bits_, step_tokens_) * 1e-3;
+    return in_step_ = true;
+  }
+
+  void EndStep(Outcome& outcome) {
+    in_step_ = false;
+    time_of_work_ = time_;
+    ++stats_.steps;
+    stats_.effective_tokens += step_tokens_;
+    stats_.effective_bits_sum += step_tokens_ * step_bits_;
+    stats_.step_seconds_sum += surface_.StepMs(step_bits_, step_tokens_) * 1e-3;
+    if (time_ > kWarmUp) {
+      outcome.tokens += step_tokens_;
+      outcome.bits_sum += step_tokens_ * step_bits_;
+    }
+    for (Sequence& s : running_) {
+      s.computed += s.chunk;
+      if (s.chunk > 0 && s.computed >= s.request.prompt_tokens) Token(s, outcome);
+    }
+    std::erase_if(running_, [this](const Sequence& s) {
+      if (s.generated < s.request.output_tokens) return false;
+      kv_tokens_ -= s.request.prompt_tokens + s.request.output_tokens;
+      return true;
+    });
+  }
+
+  void Token(Sequence& s, Outcome& outcome) {
+    const bool first = s.generated++ == 0;
+    const double latency = time_ - (first ? s.request.arrival : s.last_token);
+    (first ? ttft_ : itl_)
+        .Observe(std::chrono::duration_cast<Duration>(std::chrono::duration<double>(latency)));
+    s.last_token = time_;
+    ++stats_.generation_tokens;
+    if (s.request.arrival <= kWarmUp) return;
+    ++(first ? outcome.first_tokens : outcome.later_tokens);
+    (first ? outcome.first_in_time : outcome.later_in_time) +=
+        latency <= (first ? objectives_.ttft_seconds : objectives_.itl_seconds);
+  }
+
+  const StepSurface& surface_;
+  const Policy& policy_;
+  const PolicyWindow& window_;
+  const Objectives objectives_;
+  const bool elastic_;
+  double time_ = 0;
+  double bits_ = 0;
+  double time_of_work_ = -kAverage;
+  std::deque<Sequence> waiting_;
+  std::vector<Sequence> running_;
+  int kv_tokens_ = 0;
+  bool in_step_ = false;
+  double step_end_ = 0, step_bits_ = 0;
+  int step_tokens_ = 0;
+  EngineStats stats_;
+  LatencyHistogram ttft_, itl_;
+  SignalReader reader_;
+  PressureState state_;
+};
+
+// The HorizontalPodAutoscaler that KEDA makes of the chart's two triggers.
+class Autoscaler {
+ public:
+  // Once a second, with sums over replicas, as Prometheus would hold them.
+  void Observe(double waiting, double deficit) {
+    Add(waiting_, waiting);
+    Add(deficit_, deficit);
+  }
+
+  int Decide(double time, int replicas) {
+    const int wanted =
+        std::max(Wanted(Mean(waiting_), absl::GetFlag(FLAGS_queue_depth), replicas),
+                 Wanted(Mean(deficit_), absl::GetFlag(FLAGS_bits_deficit), replicas));
+    recent_.push_back({time, std::clamp(wanted, absl::GetFlag(FLAGS_min_replicas),
+                                        absl::GetFlag(FLAGS_max_replicas))});
+    while (recent_.front().first < time - kStabilization) recent_.pop_front();
+    const int now = recent_.back().second;
+    // At most doubled, or four more, every 15 s: the autoscaler's default.
+    if (now > replicas) return std::min(now, std::max(2 * replicas, replicas + 4));
+    int most = now;
+    for (const auto& [when, count] : recent_) most = std::max(most, count);
+    if (most >= replicas || time < scaled_down_ + kScaleDownPeriod) return replicas;
+    scaled_down_ = time;
+    return replicas - 1;
+  }
+
+ private:
+  static void Add(std::deque<double>& values, double value) {
+    values.push_back(value);
+    if (values.size() > kAverage) values.pop_front();
+  }
+  static double Mean(const std::deque<double>& values) {
+    if (values.empty()) return 0;
+    return std::accumulate(values.begin(), values.end(), 0.0) / static_cast<double>(values.size());
+  }
+  static int Wanted(double sum, double threshold, int replicas) {
+    if (std::abs(sum / (threshold * replicas) - 1) <= kTolerance) return replicas;
+    return static_cast<int>(std::ceil(sum / threshold));
+  }
+
+  std::deque<double> waiting_, deficit_;
+  std::deque<std::pair<double, int>> recent_;
+  double scaled_down_ = -kScaleDownPeriod;
+};
+
+struct Run {
+  const char* name;
+  bool elastic;
+  bool scaled;
+};
+
+class Fleet {
+ public:
+  Fleet(const Run& run, const StepSurface& surface, const Policy& policy,
+        const Objectives& objectives)
+      : run_(run), surface_(surface), policy_(policy), objectives_(objectives) {
+    while (static_cast<int>(ready_.size()) < absl::GetFlag(FLAGS_min_replicas))
+      ready_.push_back(New());
+    if (const std::string prefix = absl::GetFlag(FLAGS_csv); !prefix.empty()) {
+      csv_.open(absl::StrCat(prefix, "-", run.name, ".csv"));
+      csv_ << "seconds,replicas,ready,waiting,bits,requests_per_second\n";
+    }
+  }
+
+  Outcome Simulate(const std::vector<Request>& requests) {
+    size_t next = 0;
+    const double end = requests.back().arrival;
+    for (int64_t tick = 1; tick * kTick <= end; ++tick) {
+      const double time = static_cast<double>(tick) * kTick;
+      for (; next < requests.size() && requests[next].arrival <= time; ++next) {
+        // Round robin over ready replicas, as clients of a headless service do.
+        ready_[turn_++ % ready_.size()]->Submit(requests[next]);
+        ++arrived_;
+      }
+      for (auto* group : {&ready_, &leaving_}) {
+        for (auto& replica : *group) {
+          replica->RunUntil(time, outcome_);
+          replica->Control(time);
+        }
+      }
+      std::erase_if(leaving_, [](const auto& replica) { return replica->load() == 0; });
+      if (time > kWarmUp) outcome_.replica_seconds += kTick * replicas();
+      if (tick % std::lround(1 / kTick) == 0) EverySecond(time);
+    }
+    return outcome_;
+  }
+
+ private:
+  std::unique_ptr<Replica> New() const {
+    return std::make_unique<Replica>(surface_, policy_, objectives_, run_.elastic);
+  }
+  // Those that are paid for.
+  int replicas() const {
+    return static_cast<int>(ready_.size() + leaving_.size() + starting_.size());
+  }
+
+  void EverySecond(double time) {
+    double waiting = 0, deficit = 0, bits = 0;
+    for (const auto& replica : ready_) {
+      waiting += replica->waiting();
+      deficit += replica->deficit(time);
+      bits += replica->bits();
+    }
+    const double mean_bits = bits / static_cast<double>(ready_.size());
+    scaler_.Observe(waiting, deficit);
+    std::erase_if(starting_, [&](double ready_at) {
+      if (ready_at > time) return false;
+      ready_.push_back(New());
+      return true;
+    });
+    if (run_.scaled && std::fmod(time, kPoll) < 0.5) Scale(time);
+    outcome_.most_replicas = std::max(outcome_.most_replicas, replicas());
+    if (csv_.is_open() && std::fmod(time, 5) < 0.5) {
+      csv_ << std::lround(time) << ',' << replicas() << ',' << ready_.size() << ',' << waiting
+           << ',' << mean_bits << ',' << arrived_ / 5.0 << '\n';
+      arrived_ = 0;
+    }
+  }
+
+  void Scale(double time) {
+    const int now = static_cast<int>(ready_.size() + starting_.size());
+    const int wanted = scaler_.Decide(time, now);
+    for (int i = now; i < wanted; ++i) {
+      starting_.push_back(time + absl::GetFlag(FLAGS_replica_start_s));
+    }
+    for (int i = now; i > wanted; --i) {
+      if (!starting_.empty()) {
+        starting_.pop_back();
+      } else if (ready_.size() > 1) {
+        leaving_.push_back(std::move(ready_.back()));
+        ready_.pop_back();
+      }
+    }
+  }
+
+  const Run run_;
+  const StepSurface& surface_;
+  const Policy& policy_;
+  const Objectives objectives_;
+  std::vector<std::unique_ptr<Replica>> ready_, leaving_;
+  std::vector<double> starting_;  // when each is ready
+  Autoscaler scaler_;
+  Outcome outcome_;
+  size_t turn_ = 0;
+  int arrived_ = 0;
+  std::ofstream csv_;
+};
+
+// Copies follow at even distances within a second, so that no two come at once.
+std::vector<Request> Requests(absl::Span<const TraceRow> rows, int copies) {
+  std::vector<Request> requests;
+  for (const TraceRow& row : rows) {
+    for (int copy = 0; copy < copies; ++copy) {
+      requests.push_back({.arrival = row.seconds + static_cast<double>(copy) / copies,
+                          .prompt_tokens = std::max(row.context_tokens, 1),
+                          .output_tokens = std::max(row.generated_tokens, 1)});
+    }
+  }
+  std::sort(requests.begin(), requests.end(),
+            [](const Request& a, const Request& b) { return a.arrival < b.arrival; });
+  return requests;
+}
+
+double Percent(int64_t part, int64_t whole) {
+  return whole == 0 ? 100 : 100.0 * static_cast<double>(part) / static_cast<double>(whole);
+}
+
+absl::Status Simulate() {
+  MOBI_ASSIGN_OR_RETURN(const auto rows, ReadTrace(absl::GetFlag(FLAGS_trace)));
+  if (absl::GetFlag(FLAGS_load) < 1 || absl::GetFlag(FLAGS_min_replicas) < 1) {
+    return absl::InvalidArgumentError("--load and --min_replicas: must be at least 1");
+  }
+  const std::vector<Request> requests = Requests(rows, absl::GetFlag(FLAGS_load));
+  MOBI_ASSIGN_OR_RETURN(const StepSurface surface, StepSurface::Load(absl::GetFlag(FLAGS_surface)));
+  MOBI_ASSIGN_OR_RETURN(const PolicyText policy, ReadPolicyFile(absl::GetFlag(FLAGS_policy)));
+  Objectives objectives;
+  const LatencyObjectives& slo = policy.policy.slo;
+  if (slo.ttft_p95_ms) objectives.ttft_seconds = *slo.ttft_p95_ms * 1e-3;
+  if (slo.itl_p95_ms) objectives.itl_seconds = *slo.itl_p95_ms * 1e-3;
+  std::printf("%zu requests in %.0f s; first token within %.0f ms, later ones within %.0f ms\n",
+              requests.size(), requests.back().arrival, objectives.ttft_seconds * 1e3,
+              objectives.itl_seconds * 1e3);
+  std::printf("%-10s %15s %5s %12s %12s %8s %6s\n", "run", "replica-seconds", "most", "ttft met %",
+              "itl met %", "refused", "bits");
+  constexpr Run kRuns[] = {{"fixed", false, false},
+                           {"replicas", false, true},
+                           {"precision", true, false},
+                           {"both", true, true}};
+  for (const Run& run : kRuns) {
+    const Outcome o = Fleet(run, surface, policy.policy, objectives).Simulate(requests);
+    std::printf("%-10s %15.0f %5d %12.2f %12.2f %8lld %6.2f\n", run.name, o.replica_seconds,
+                o.most_replicas, Percent(o.first_in_time, o.first_tokens + o.refused),
+                Percent(o.later_in_time, o.later_tokens), static_cast<long long>(o.refused),
+                o.bits_sum / static_cast<double>(std::max<int64_t>(o.tokens, 1)));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (WantsHelp(argc, argv)) {
+    std::printf("fleet-simulation --trace CSV --surface JSON --policy YAML [flags]\n\nFlags:\n%s",
+                FlagsHelp(__FILE__).c_str());
+    return 0;
+  }
+  const auto arguments = ParseFlags(argc, argv, __FILE__);
+  const absl::Status status = arguments.ok() ? Simulate() : arguments.status();
+  if (status.ok()) return 0;
+  std::fprintf(stderr, "fleet-simulation: %s\n", std::string(status.message()).c_str());
+  return kExitUsage;
+}
