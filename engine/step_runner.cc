@@ -21,6 +21,10 @@ float SharedBits(absl::Span<const ScheduledChunk> plan, const PrecisionTarget& t
   return bits;
 }
 
+bool IsShort(const ScheduledChunk& chunk) {
+  return chunk.decode || chunk.sequence->request->prompt_length() < kLongPrompt;
+}
+
 }  // namespace
 
 absl::StatusOr<StepRunner> StepRunner::Create(const EngineOptions& options, int max_model_len,
@@ -84,9 +88,9 @@ StepRunner::Layout StepRunner::LayOut(absl::Span<const ScheduledChunk> plan,
   for (const ScheduledChunk& chunk : plan) result.chunks.emplace_back().chunk = chunk;
   result.coherent_target_bits = SharedBits(plan, target);
   // The decodes that may share a level come first, then those that are pinned or accept less, then
-  // prompts.
+  // prompts, short ones first.
   const auto rank = [&](const ChunkResult& r) {
-    if (!r.chunk.decode) return 2;
+    if (!r.chunk.decode) return IsShort(r.chunk) ? 2 : 3;
     const PrecisionBand& band = r.chunk.sequence->request->spec.precision;
     return band.pinned() || band.max_bits < result.coherent_target_bits ? 1 : 0;
   };
@@ -135,6 +139,7 @@ void StepRunner::AddChunk(int index, const PrecisionTarget& target, ChunkResult&
             buffers_.block_table.host + int64_t{seq} * buffers_.block_table_stride);
   layout.key.num_tokens += chunk.count;
   layout.key.num_seqs += 1;
+  layout.key.num_short += IsShort(chunk) ? chunk.count : 0;
   layout.key.decode_only &= chunk.decode;
   layout.max_query_len = std::max(layout.max_query_len, chunk.count);
   layout.key.max_context_len = std::max(layout.key.max_context_len, context);
@@ -189,7 +194,8 @@ void StepRunner::Pad(Layout& layout) {
     buffers_.sampling.host[i] = SamplingRow{};
   }
   if (layout.key.num_coherent == layout.key.num_seqs) layout.key.num_coherent = padded;
-  layout.key.num_tokens = layout.key.num_seqs = layout.key.num_logits = padded;
+  layout.key.num_tokens = layout.key.num_short = padded;
+  layout.key.num_seqs = layout.key.num_logits = padded;
   const auto context = static_cast<unsigned>(layout.key.max_context_len);
   layout.key.max_context_len = static_cast<int>(std::max(256u, std::bit_ceil(context)));
 }

@@ -7,7 +7,10 @@
 // order; a fault is sticky and is reported by Synchronize. Activations have activation_dtype();
 // sums are fp32. Nothing is allocated by an op, so the first step costs what the thousandth does.
 // Every op computes a token's result in an order that does not depend on the other tokens of the
-// batch (batch invariance), on the CPU as on CUDA.
+// batch (batch invariance), on the CPU as on CUDA. One exception on CUDA: DenseMatmul of more than
+// 64 tokens with 16-bit weights and results goes to cuBLAS (where there is one), whose order
+// depends on their number. Inside a step, CUDA takes another kernel for the sliced matmuls of long
+// prompts, which rounds their weights to 16 bits: see StepKey::num_short.
 #ifndef MOBI_KERNELS_BACKEND_H_
 #define MOBI_KERNELS_BACKEND_H_
 
@@ -146,12 +149,19 @@ struct TopLogprobs {
   float logprobs[kMaxTopLogprobs];
 };
 
+// Tokens from which a prompt counts as long (StepKey::num_short).
+inline constexpr int kLongPrompt = 256;
+
 // What a captured step depends on; equal keys may replay (CUDA graphs).
 struct StepKey {
   int num_tokens = 0;
   int num_seqs = 0;
   int num_logits = 0;
   int num_coherent = 0;
+  // The first tokens, those of decodes and of prompts shorter than kLongPrompt; the others are of
+  // long prompts. A backend may compute the two with kernels that round differently, for which side
+  // a token is on depends on its request alone.
+  int num_short = 0;
   int max_context_len = 0;
   bool decode_only = false;  // one token per sequence: shapes repeat, so the step may be captured
   friend bool operator==(const StepKey&, const StepKey&) = default;

@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <iterator>
 #include <memory>
 #include <optional>
 #include <string>
@@ -107,10 +108,12 @@ class CudaBackend final : public Backend {
   std::thread::id thread_;
   cudaStream_t stream_ = nullptr;
   cuda::LaunchContext context_;
+  int clusters_[4] = {};  // of 2^i blocks that run at a time
   std::unique_ptr<cuda::Staging> staging_;
   std::unique_ptr<cuda::StepGraphs> graphs_;
   std::optional<PendingInput> pending_input_;  // at most one of the two is set
   std::optional<PendingRope> pending_rope_;
+  std::optional<StepKey> step_;           // while a step with prompts runs
   std::unique_ptr<cuda::Cublas> cublas_;  // loaded by the first op that can use it
   bool cublas_asked_ = false;
 };
@@ -142,6 +145,8 @@ absl::Status CudaBackend::Initialize() {
                      MiB(memory().free), " are free on ", device_.name));
   }
   fault_.Check(cudaMemsetAsync(context_.counters, 0, counter_bytes, stream_), "counters");
+  fault_.Check(cuda::FindClusterLimits(device_.compute_capability, device_.num_sms, clusters_),
+               "clusters");
   context_.stream = stream_;
   context_.num_sms = device_.num_sms;
   context_.dependent_launch = context_.clusters = device_.compute_capability >= 90;
@@ -246,7 +251,12 @@ int CudaBackend::PaddedDecodes(int num_decodes) const {
 
 void CudaBackend::RunStep(const StepKey& key, absl::FunctionRef<void()> body) {
   if (!EnterAlone()) return;
-  if (!key.decode_only) return body();
+  if (!key.decode_only) {
+    step_ = key;
+    body();
+    step_.reset();
+    return;
+  }
   fault_.Check(graphs_->Run(key, stream_,
                             [&] {
                               body();
@@ -307,11 +317,25 @@ void CudaBackend::SlicedMatmul(Tensor x, const SlicedWeight& weight, const uint8
   launch.stream = stream_;
   launch.num_sms = device_.num_sms;
   launch.compute_capability = device_.compute_capability;
+  std::copy(clusters_, clusters_ + std::size(clusters_), launch.clusters);
   launch.pdl = context_.dependent_launch;
   launch.workspace = context_.scratch;
   launch.workspace_bytes = context_.scratch_bytes;
-  fault_.Check(cuda::LaunchSlicedMatmul(launch, x, weight, levels, levels_stride, out),
-               "SlicedMatmul");
+  // Which kernel computes a token depends on its request alone. Outside of a step: the short one's.
+  const bool prompts = step_.has_value() && step_->num_tokens == out.rows;
+  const int64_t num_short = prompts ? step_->num_short : out.rows;
+  if (num_short > 0) {
+    fault_.Check(cuda::LaunchSlicedMatmul(launch, x.FirstRows(num_short), weight, levels,
+                                          levels_stride, out.FirstRows(num_short)),
+                 "SlicedMatmul");
+  }
+  if (num_short < out.rows) {
+    launch.path = cuda::SlicedMatmulPath::kPrefill;
+    fault_.Check(cuda::LaunchSlicedMatmul(launch, x.Rows(num_short, out.rows - num_short), weight,
+                                          levels + num_short, levels_stride,
+                                          out.Rows(num_short, out.rows - num_short)),
+                 "SlicedMatmul");
+  }
 }
 
 bool CudaBackend::HasCublas() {

@@ -85,11 +85,23 @@ __device__ __forceinline__ void MmaFromZero(float (&d)[4], const uint32_t* a, ui
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
 }
 
+// What computes a and b is executed before what follows, by all lanes that come here.
+__device__ __forceinline__ void KeepBefore(float& a, float& b) {
+  asm volatile("" : "+f"(a), "+f"(b));
+}
+
 // ---- Clusters of blocks.
 
 __device__ __forceinline__ void ClusterArrive() {
 #if MOBI_SM90
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+
+// The same where nothing that was written before must be seen by the others.
+__device__ __forceinline__ void ClusterArriveRelaxed() {
+#if MOBI_SM90
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 
@@ -106,6 +118,29 @@ __device__ __forceinline__ uint32_t MapToRank(uint32_t shared, uint32_t rank) {
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared), "r"(rank));
 #endif
   return address;
+}
+
+// Stores that a barrier in the same block's shared memory counts as bytes that have arrived.
+__device__ __forceinline__ void StoreClusterAsync(uint32_t address, float2 value,
+                                                  uint32_t barrier) {
+#if MOBI_SM90
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
+          address),
+      "f"(value.x), "f"(value.y), "r"(barrier)
+      : "memory");
+#endif
+}
+
+__device__ __forceinline__ void StoreClusterAsync(uint32_t address, float4 value,
+                                                  uint32_t barrier) {
+#if MOBI_SM90
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(address),
+      "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "r"(barrier)
+      : "memory");
+#endif
 }
 
 __device__ __forceinline__ float LoadCluster(uint32_t address) {
@@ -147,6 +182,40 @@ __device__ __forceinline__ void BarrierWait(uint32_t barrier, uint32_t parity) {
       "@!done bra wait;\n}\n" ::"r"(barrier),
       "r"(parity)
       : "memory");
+#endif
+}
+
+// Arrives, and lets the phase wait for that many bytes of bulk copies too.
+__device__ __forceinline__ void BarrierArriveExpecting(uint32_t barrier, uint32_t bytes) {
+#if MOBI_SM90
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+#endif
+}
+
+// Makes initialized barriers known to the copy engine.
+__device__ __forceinline__ void FenceBarrierInit() {
+#if MOBI_SM90
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+// ---- Bulk copies: addresses and sizes are multiples of 16 bytes; one thread asks.
+
+__device__ __forceinline__ void BulkCopy(uint32_t shared, const void* global, uint32_t bytes,
+                                         uint32_t barrier) {
+#if MOBI_SM90
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared),
+      "l"(global), "r"(bytes), "r"(barrier)
+      : "memory");
+#endif
+}
+
+__device__ __forceinline__ void BulkPrefetch(const void* global, uint32_t bytes) {
+#if MOBI_SM90
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
 #endif
 }
 

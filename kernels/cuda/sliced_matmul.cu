@@ -78,7 +78,7 @@ cudaError_t LaunchSlicedMatmul(const SlicedMatmulLaunch& launch, const Tensor& x
     return cudaErrorInvalidValue;
   }
   const SlicedProblem problem = StateProblem(x, weight, levels, levels_stride, out);
-  const bool prefill = launch.path == SlicedMatmulPath::kPrefill && launch.compute_capability >= 90;
+  const bool prefill = launch.path == SlicedMatmulPath::kPrefill && launch.compute_capability == 90;
   return prefill ? LaunchSlicedPrefill(launch, problem, x.dtype)
                  : LaunchSlicedDecode(launch, problem, x.dtype);
 }

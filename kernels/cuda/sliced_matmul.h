@@ -17,8 +17,8 @@ namespace mobi::cuda {
 
 // Which kernel computes. Each gives a token the same bits alone and in any company, at any number
 // of tokens; the two differ from each other by rounding. A caller that promises batch invariance
-// therefore chooses by something that a request alone decides (say: prompt tokens take kPrefill,
-// generated tokens kDecode), never by the size of the batch.
+// therefore chooses by something that a request alone decides (StepKey::num_short), never by the
+// size of the batch.
 enum class SlicedMatmulPath : uint8_t {
   kDecode,   // any number of tokens; made for 1 to about 128, where reading weights is the cost
   kPrefill,  // any number of tokens; made for 256 and more. kDecode except on 9.0
@@ -33,9 +33,15 @@ struct SlicedMatmulLaunch {
   // still runs, and waits before it touches memory.
   // Every kernel of the chain must wait likewise (griddepcontrol.wait) before it ends.
   bool pdl = false;
+  // clusters[i]: how many clusters of 2^i blocks the device holds at a time, one block to a
+  // multiprocessor (FindClusterLimits). Only for 9.0.
+  int clusters[4] = {};
   void* workspace = nullptr;  // aligned to 256 bytes; contents need not survive between calls
   size_t workspace_bytes = 0;
 };
+
+// SlicedMatmulLaunch::clusters of the current device.
+cudaError_t FindClusterLimits(int compute_capability, int num_sms, int (&clusters)[4]);
 
 // What LaunchSlicedMatmul may need for weights of up to `max_rows` and up to `max_tokens` tokens.
 size_t SlicedMatmulWorkspaceBytes(int compute_capability, int64_t max_rows, int64_t max_tokens);

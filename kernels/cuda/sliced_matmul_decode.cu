@@ -37,7 +37,7 @@ void LayOut(int rounds, DecodePlan& plan) {
   plan.unit = take(groups * 8 * NT * 4);
   plan.buffers = take((rounds > 1 ? 2 : 1) * kDecodeWarps * plan.round_panels * plan.buffer_tokens *
                       Exchange<NT>::kRow * 4);
-  plan.levels = take(kMaxSegments * 8 * NT);
+  plan.levels = take(kDecodeWarps * kMaxSegments * 8 * NT);
   plan.shared_bytes = at;
 }
 
@@ -123,6 +123,8 @@ size_t SlicedDecodeWorkspaceBytes(int, int64_t, int64_t) { return 0; }
 
 cudaError_t LaunchSlicedDecode(const SlicedMatmulLaunch& launch, const SlicedProblem& problem,
                                DType x_type) {
+  cudaError_t launched;
+  if (LaunchSlicedDecode90(launch, problem, x_type, &launched)) return launched;
   // Small shared memories hold few tokens' x.
   const int step = launch.compute_capability >= 90   ? problem.num_tokens
                    : launch.compute_capability == 80 ? 8

@@ -1,4 +1,6 @@
-// The decode path's kernel: few tokens, so the time is that of reading weights once.
+// The decode path's kernel where that of compute capability 9.0 (sliced_matmul_decode90.cuh) cannot
+// run: other devices, and weights of fewer columns than kParts groups. Few tokens, so the time is
+// that of reading weights once.
 //
 // Work. Columns are cut into kParts parts, one for each warp that works on a panel of two row
 // tiles; see DecodePlan for who has which. A warp streams its tiles through a ring of its own in
@@ -7,7 +9,7 @@
 //
 // Sum of one output, the same for every launch shape: per group of 128 columns one chain of eight
 // mma from zero; the groups of a part in order in fp32, each with its range and offset; the parts
-// in order. So a token's bits do not depend on the other tokens.
+// by SumOfParts. So a token's bits do not depend on the other tokens.
 //
 // Order. With a dependent launch the block takes its place while the previous kernel still runs;
 // whatever it reads it asks for after that has ended: levels and x first, then what the levels say.
@@ -33,8 +35,6 @@ inline constexpr int kStageScales = kPanelTiles * 4 * kTileBytes;
 inline constexpr int kStageBytes = kStageScales + kPanelTiles * 4 * kTileScaleBytes;
 template <int NT>
 inline constexpr int kStages = NT == 1 ? 2 : 3;
-
-__host__ __device__ constexpr int GroupsPerStage(int level) { return level > 2 ? 1 : 4 / level; }
 
 // `level` as a template argument: 1..4, or kAnyLevel where tiles or tokens of the block differ. A
 // panel at any level is taken tile by tile.
@@ -297,7 +297,7 @@ struct DecodeWarp {
   // The same with a level of its own for every token: the codes are unpacked once per level that
   // occurs and meet x with the other levels' tokens masked out.
   __device__ __forceinline__ void AccumulateMixed(int run_tile, float (&y)[1][NT][4]) {
-    const uint8_t* const own = x.shared + plan.levels + SegmentOf(run_tile) * 8 * NT;
+    const uint8_t* const own = x.shared + LevelsAt(SegmentOf(run_tile));
     const uint32_t occur = LevelsOf(run_tile);
     uint32_t token_level[NT];  // of token lane / 4 of each tile
 #pragma unroll
@@ -419,6 +419,11 @@ struct DecodeWarp {
     }
   }
 
+  // Where this warp's copy of a segment's levels lies in shared memory.
+  __device__ __forceinline__ int LevelsAt(int segment) const {
+    return plan.levels + (place.warp * kMaxSegments + segment) * 8 * NT;
+  }
+
   // Which levels occur among the block's tokens, per segment of the run; for mixed levels, also a
   // copy of them in shared memory (0 where there is no token).
   __device__ __forceinline__ void ReadLevels() {
@@ -433,9 +438,8 @@ struct DecodeWarp {
         level = min(max(level, 1), kNumLevels);
         present |= 1u << (4 * s + level - 1);
       }
-      // Every warp writes the same; each reads what it wrote.
       if (place.lane < kTokens) {
-        x.shared[plan.levels + s * kTokens + place.lane] = static_cast<uint8_t>(level);
+        x.shared[LevelsAt(s) + place.lane] = static_cast<uint8_t>(level);
       }
     }
     present = __reduce_or_sync(~0u, present);

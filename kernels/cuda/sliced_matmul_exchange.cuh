@@ -23,8 +23,43 @@ __device__ __forceinline__ void StoreOut(const SlicedProblem& p, int token, int 
   }
 }
 
+// The parts' sums of one output, neighbours first: the one order of all launches.
+__device__ __forceinline__ float SumOfParts(const float (&v)[kParts]) {
+  static_assert(kParts == 8);
+  return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+}
+
+// Rows row .. row + count - 1 of one token; row is a multiple of count.
+template <int count>
+__device__ __forceinline__ void StoreRows(const SlicedProblem& p, int token, int row,
+                                          const float (&values)[count]) {
+  const bool narrow = p.out_type != DType::kF32;
+  const int64_t at = token * p.out_stride + row;
+  uint16_t* const to = static_cast<uint16_t*>(p.out) + at;
+  if (count == 1 || !narrow || reinterpret_cast<uintptr_t>(to) % (2 * count) != 0) {
+#pragma unroll
+    for (int r = 0; r < count; ++r) StoreOut(p, token, row + r, values[r]);
+    return;
+  }
+  if constexpr (count > 1) {
+    uint32_t words[count / 2];
+#pragma unroll
+    for (int r = 0; r < count; r += 2) {
+      if (p.out_type == DType::kF16) {
+        const half2 pair = __floats2half2_rn(values[r], values[r + 1]);
+        words[r / 2] = *reinterpret_cast<const uint32_t*>(&pair);
+      } else {
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(values[r], values[r + 1]);
+        words[r / 2] = *reinterpret_cast<const uint32_t*>(&pair);
+      }
+    }
+    if constexpr (count == 2) *reinterpret_cast<uint32_t*>(to) = words[0];
+    if constexpr (count == 4) *reinterpret_cast<uint2*>(to) = make_uint2(words[0], words[1]);
+  }
+}
+
 // Every warp leaves the sums of its part of its panels in its block's buffer; after a barrier of
-// the cluster, the blocks share the round's panels and add their parts in order. Rounds take turns
+// the cluster, the blocks share the round's panels and add their parts. Rounds take turns
 // with two buffers. Buffer: [warp][panel of the team's round][token][row], rows padded so that a
 // warp's writes of tokens 2t meet different banks.
 template <int NT>
@@ -118,10 +153,8 @@ struct Exchange {
                 ptx::LoadCluster(ptx::MapToRank(address + part * next_part * 4, k >> parts_log));
           }
         }
-        float sum = value[0];
-#pragma unroll
-        for (int k = 1; k < kParts; ++k) sum += value[k];
-        StoreOut(p, place.first_token + token, place.first_tile * kTileRows + row, sum);
+        StoreOut(p, place.first_token + token, place.first_tile * kTileRows + row,
+                 SumOfParts(value));
       }
     }
   }

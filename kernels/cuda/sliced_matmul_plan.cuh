@@ -19,6 +19,9 @@ inline constexpr int kPanelRows = kPanelTiles * kTileRows;
 inline constexpr int kPairBytes = 4;                            // {range, offset}
 inline constexpr int kTileScaleBytes = kTileRows * kPairBytes;  // 64
 
+// Groups of one tile that a stage of a ring holds at a level.
+__host__ __device__ constexpr int GroupsPerStage(int level) { return level > 2 ? 1 : 4 / level; }
+
 // A cluster of 2^cluster_log blocks takes a run of row tiles; each of its blocks takes
 // kParts / 2^cluster_log of the parts. A block's warps take one part each; where the block has
 // fewer parts than warps, its warps form 2^cluster_log teams that take the run's panels by turns.

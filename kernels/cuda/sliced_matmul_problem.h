@@ -34,6 +34,9 @@ struct SlicedProblem {
 // Enqueue one path; the arguments are checked already.
 cudaError_t LaunchSlicedDecode(const SlicedMatmulLaunch& launch, const SlicedProblem& problem,
                                DType x_type);
+// The decode path on compute capability 9.0; false: x does not fit, nothing was enqueued.
+bool LaunchSlicedDecode90(const SlicedMatmulLaunch& launch, const SlicedProblem& problem,
+                          DType x_type, cudaError_t* error);
 cudaError_t LaunchSlicedPrefill(const SlicedMatmulLaunch& launch, const SlicedProblem& problem,
                                 DType x_type);
 

@@ -192,8 +192,8 @@ struct XPart {
       for (int w = 0; w < 4; ++w) {
 #pragma unroll
         for (int c = 0; c < kChains; ++c) {
-          // Beyond the end lies shared memory too; what it gives is not stored.
-          const uint4 b = Load((first + c) / NT, (first + c) % NT, w);
+          const int chain = min(first + c, groups * NT - 1);  // beyond the end: not stored
+          const uint4 b = Load(chain / NT, chain % NT, w);
           if (w == 0) {
             ptx::MmaFromZero(d[c], a[0], b.x, b.y);
           } else {
@@ -205,6 +205,7 @@ struct XPart {
 #pragma unroll
       for (int c = 0; c < kChains; ++c) {
         const int g = (first + c) / NT, j = (first + c) % NT;
+        ptx::KeepBefore(d[c][0], d[c][1]);  // an mma must not move into the branch of some lanes
         if (first + c < groups * NT && row < 3) {
           const float2 unit = LoadUnit(g, j);
           const int at = At(g, j);

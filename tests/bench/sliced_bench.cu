@@ -200,6 +200,7 @@ struct Machine {
     launch.compute_capability = 10 * properties.major + properties.minor;
     const char* pretend = std::getenv("SLICED_BENCH_CAPABILITY");
     if (pretend != nullptr) launch.compute_capability = std::atoi(pretend);
+    CHECK_CUDA(FindClusterLimits(launch.compute_capability, launch.num_sms, launch.clusters));
     launch.workspace_bytes = SlicedMatmulWorkspaceBytes(launch.compute_capability, 28672, 8192);
     workspace = Device<uint8_t>(launch.workspace_bytes);
     launch.workspace = workspace.data;
@@ -634,7 +635,7 @@ void PrintLine(const char* path, int tokens, const char* level, double us, doubl
 
 void RunTimes(Machine& machine, bool prefill, bool quick, bool pdl) {
   std::vector<int> tokens = prefill ? std::vector<int>{64, 256, 512, 2048}
-                            : quick ? std::vector<int>{1, 8, 16}
+                            : quick ? std::vector<int>{1, 16, 32, 64}
                                     : std::vector<int>{1, 2, 4, 8, 16, 32, 64, 128};
   const std::vector<double> cublas =
       quick ? std::vector<double>(tokens.size(), 0.0) : TimeCublas(machine.launch.stream, tokens);
@@ -658,7 +659,7 @@ void RunTimes(Machine& machine, bool prefill, bool quick, bool pdl) {
   for (const Linear& linear : kLayer) std::printf("%9s", linear.name);
   std::printf("\n");
   for (const int m : prefill ? std::vector<int>{256, 2048}
-                     : quick ? std::vector<int>{1}
+                     : quick ? std::vector<int>{1, 16, 64}
                              : std::vector<int>{1, 8, 16, 64}) {
     for (const int level : {1, 2, 4}) {
       timer.SetLevels(level);
@@ -689,6 +690,8 @@ int Main(int argc, char** argv) {
   CHECK_CUDA(cudaRuntimeGetVersion(&runtime));
   std::printf("%s, %d SMs, L2 %d MB, driver %d, runtime %d\n", machine.properties.name,
               machine.launch.num_sms, machine.properties.l2CacheSize >> 20, driver, runtime);
+  std::printf("clusters of 2, 4, 8 at a time: %d %d %d\n", machine.launch.clusters[1],
+              machine.launch.clusters[2], machine.launch.clusters[3]);
   const bool quick = has("--quick"), pdl = !has("--no-pdl");
   if (argc >= 5 && args[0] == "profile") {
     RunProfile(machine, std::stoi(args[1]), std::stoi(args[2]), std::stoi(args[3]), has("prefill"));

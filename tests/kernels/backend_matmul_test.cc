@@ -38,7 +38,7 @@ class BackendMatmul : public BackendTest {
 
 TEST_P(BackendMatmul, SlicedEqualsReferenceAtMixedLevels) {
   for (const int tokens : {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 100, 130}) {
-    const int64_t cols = kGroupSize * Uniform(1, 6);
+    const int64_t cols = kGroupSize * Uniform(1, 20);
     const HostWeight weight = RandomWeight(RandomSegments(), cols);
     const Matrix x = Normal(activations(), tokens, cols, 1, cols + 8 * Uniform(0, 2));
     const int64_t stride = tokens + Uniform(0, 3);
@@ -73,25 +73,54 @@ TEST_P(BackendMatmul, SlicedEqualsReferenceAtEachLevel) {
 // levels.
 TEST_P(BackendMatmul, SlicedIsBatchInvariant) {
   const std::vector<int64_t> segments = {96, 32, 48};
-  const int64_t cols = kGroupSize * 5;
-  const SlicedWeight weight = OnDevice(RandomWeight(segments, cols));
-  const Matrix x = Normal(activations(), 200, cols);
-  const std::vector<uint8_t> levels = RandomLevels(x.rows * segments.size());
-  const Matrix together = RunSliced(x, weight, levels, x.rows);
-  for (const int count : {1, 2, 3, 5, 8, 16, 33, 97}) {
-    const int first = Uniform(0, static_cast<int>(x.rows) - count);
-    Matrix some = Matrix::Poisoned(x.dtype, count, cols);
-    Matrix expected = Matrix::Poisoned(x.dtype, count, weight.rows);
-    std::vector<uint8_t> some_levels(count * segments.size());
-    for (int i = 0; i < count; ++i) {
-      for (int64_t c = 0; c < cols; ++c) some.set(i, c, x.at(first + i, c));
-      for (int64_t c = 0; c < weight.rows; ++c) expected.set(i, c, together.at(first + i, c));
-      for (size_t s = 0; s < segments.size(); ++s) {
-        some_levels[s * count + i] = levels[s * x.rows + first + i];
+  for (const int64_t cols : {kGroupSize * 5, kGroupSize * 19}) {
+    const SlicedWeight weight = OnDevice(RandomWeight(segments, cols));
+    const Matrix x = Normal(activations(), 200, cols);
+    const std::vector<uint8_t> levels = RandomLevels(x.rows * segments.size());
+    const Matrix together = RunSliced(x, weight, levels, x.rows);
+    for (const int count : {1, 2, 3, 5, 8, 16, 33, 97}) {
+      const int first = Uniform(0, static_cast<int>(x.rows) - count);
+      Matrix some = Matrix::Poisoned(x.dtype, count, cols);
+      Matrix expected = Matrix::Poisoned(x.dtype, count, weight.rows);
+      std::vector<uint8_t> some_levels(count * segments.size());
+      for (int i = 0; i < count; ++i) {
+        for (int64_t c = 0; c < cols; ++c) some.set(i, c, x.at(first + i, c));
+        for (int64_t c = 0; c < weight.rows; ++c) expected.set(i, c, together.at(first + i, c));
+        for (size_t s = 0; s < segments.size(); ++s) {
+          some_levels[s * count + i] = levels[s * x.rows + first + i];
+        }
       }
+      ExpectSame(RunSliced(some, weight, some_levels, count), expected,
+                 std::to_string(count) + " tokens from " + std::to_string(first));
     }
-    ExpectSame(RunSliced(some, weight, some_levels, count), expected,
-               std::to_string(count) + " tokens from " + std::to_string(first));
+  }
+}
+
+// Inside a step, long prompts may take another kernel: all are right, and the other tokens' bits
+// are those of the op on its own.
+TEST_P(BackendMatmul, SlicedInAStepWithLongPrompts) {
+  for (const int num_short : {0, 1, 7, 40}) {
+    const int tokens = num_short + Uniform(1, 150);
+    const int64_t cols = kGroupSize * Uniform(1, 20);
+    const HostWeight host = RandomWeight(RandomSegments(), cols);
+    const SlicedWeight weight = OnDevice(host);
+    const Matrix x = Normal(activations(), tokens, cols);
+    const std::vector<uint8_t> levels = RandomLevels(tokens * host.view.num_segments);
+    const Tensor in = OnDevice(x);
+    const uint8_t* device_levels = OnDevice(levels);
+    const Tensor out = OnDevice(Matrix::Poisoned(activations(), tokens, weight.rows));
+    const StepKey key{.num_tokens = tokens, .num_seqs = num_short + 1, .num_short = num_short};
+    backend().RunStep(key, [&] { backend().SlicedMatmul(in, weight, device_levels, tokens, out); });
+
+    const Matrix expected = Matrix::Poisoned(DType::kF32, tokens, weight.rows);
+    reference::SlicedMatmul(x.view(), host.view, levels.data(), tokens, expected.view());
+    // Weights of long prompts may be kept in 16 bits.
+    ExpectClose(ToHost(out), expected, ToleranceOf(Op::kAttention, activations()),
+                std::to_string(num_short) + " short of " + std::to_string(tokens));
+    if (num_short == 0) continue;
+    const Tensor alone = OnDevice(Matrix::Poisoned(activations(), num_short, weight.rows));
+    backend().SlicedMatmul(in.FirstRows(num_short), weight, device_levels, tokens, alone);
+    ExpectSame(ToHost(out.FirstRows(num_short)), ToHost(alone), "short");
   }
 }
 

@@ -1,0 +1,470 @@
+// The decode path's kernel on compute capability 9.0: 1 to about 128 tokens, weights read once per
+// 64 of them.
+//
+// Work. A cluster of blocks takes a run of units of 64 rows; each block has one part of the columns
+// or a few, whose x stays in shared memory. A block's warpgroups take units and parts by turns.
+// Each warp streams its 16 rows through a ring of its own by bulk copies and unpacks them into
+// fragments; the warpgroup multiplies them by N tokens in shared memory (wgmma). The parts' sums go
+// straight into the memory of the block that adds them.
+//
+// Sum of one output: that of sliced_matmul_decode.cuh. A chain of eight wgmma gives the bits of a
+// chain of eight mma (sliced-bench and the op tests check it), and N does not matter, so a token's
+// bits do not depend on the other tokens.
+//
+// Order. Before the previous kernel has ended, the block prepares and asks the first slice of its
+// first rows into L2: weights do not depend on that kernel. Levels and x come after.
+#ifndef MOBI_KERNELS_CUDA_SLICED_MATMUL_DECODE90_CUH_
+#define MOBI_KERNELS_CUDA_SLICED_MATMUL_DECODE90_CUH_
+
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/sliced_matmul_decode90_plan.cuh"
+#include "kernels/cuda/sliced_matmul_decode90_x.cuh"
+#include "kernels/cuda/sliced_matmul_unpack.cuh"
+#include "kernels/cuda/wgmma.cuh"
+#include "kernels/cuda/wgmma_registers.cuh"
+
+namespace mobi::cuda {
+
+// `level` as a template argument: 1..4, or kMixed where tiles or tokens of the block differ.
+inline constexpr int kMixed = 0;
+
+// N tokens, W warpgroups.
+template <int N, int W, bool kBf16>
+struct DecodeWarp90 : Decode90X<N, W, kBf16> {
+  using Base = Decode90X<N, W, kBf16>;
+  using Base::begin;
+  using Base::end;
+  using Base::Finish;
+  using Base::FinishAll;
+  using Base::first_token;
+  using Base::first_unit;
+  using Base::FirstOf;
+  using Base::kLoadAhead;
+  using Base::lane;
+  using Base::MyRounds;
+  using Base::NT;
+  using Base::num_tokens;
+  using Base::num_units;
+  using Base::own;
+  using Base::p;
+  using Base::plan;
+  using Base::SegmentOf;
+  using Base::shared;
+  using Base::SumsBarrier;
+  using Base::TileOf;
+  using Base::UnitOf;
+  using Base::warp;
+  using Base::XOperand;
+  using typename Base::OfX;
+
+  uint32_t present;        // 4 bits per segment: levels that occur among the tokens
+  uint32_t ring, barrier;  // this warp's, shared addresses
+  // The walk of the loads.
+  int fill_round, fill_left, fill_stage;
+  uint32_t fill_at;
+  // The walk of the products.
+  int stage;
+  uint32_t parity;
+
+  __device__ __forceinline__ DecodeWarp90(const SlicedProblem& problem, const Decode90Plan& choices,
+                                          uint8_t* memory)
+      : Base(problem, choices, memory) {
+    present = 0;
+    ring = ptx::SharedAddress(shared) + plan.ring + warp * plan.stages * kWarpStageBytes;
+    barrier = ptx::SharedAddress(shared) + plan.barriers + warp * kMaxStages * 8;
+  }
+
+  // ---- Levels.
+
+  __device__ __forceinline__ uint32_t LevelsOf(int tile) const {
+    return (present >> (4 * SegmentOf(tile))) & 15;
+  }
+  // The level of all tokens in all tiles of the run, or kMixed.
+  __device__ __forceinline__ int CommonLevel() const {
+    const int first = TileOf(first_unit, 0), last = TileOf(first_unit + num_units, -1);
+    const uint32_t levels = LevelsOf(first);
+    bool same = (levels & (levels - 1)) == 0 && LevelsOf(last) == levels;
+    if (SegmentOf(last) - SegmentOf(first) == 2) same &= ((present >> 4) & 15) == levels;
+    return same ? 32 - __clz(levels) : kMixed;
+  }
+
+  // ---- What happens before the previous kernel has ended.
+
+  __device__ __forceinline__ void Prepare() {
+    if (lane == 0) {
+      for (int i = 0; i < plan.stages; ++i) ptx::BarrierInit(barrier + i * 8, 1);
+      if (warp == 0) {
+        for (int i = 0; i < 2 * W; ++i) ptx::BarrierInit(SumsBarrier(i % 2, i / 2), 1);
+      }
+      ptx::FenceBarrierInit();
+      ptx::FenceAsyncProxy();
+      for (int round = 0, left = kPrefetchBytes; round < MyRounds() && left > 0; ++round) {
+        const int bytes = min((end - begin) * kTileBytes, left);
+        ptx::BulkPrefetch(p.slices[0] + size_t{FirstOf(round)} * 32, bytes);
+        left -= bytes;
+      }
+    }
+    __syncwarp();
+  }
+
+  // Which levels occur among the block's tokens, per segment; for mixed levels, also a copy of
+  // them in shared memory (0 where there is no token).
+  __device__ __forceinline__ void ReadLevels() {
+    constexpr int kEach = (N + 31) / 32;
+    int levels[kMaxSegments][kEach] = {};
+#pragma unroll
+    for (int s = 0; s < kMaxSegments; ++s) {
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        const int token = lane + 32 * i;
+        if (s < p.num_segments && token < num_tokens) {
+          levels[s][i] =
+              __ldcg(p.levels + (s * static_cast<int>(p.levels_stride) + first_token + token));
+        }
+      }
+    }
+#pragma unroll
+    for (int s = 0; s < kMaxSegments; ++s) {
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        const int token = lane + 32 * i;
+        if (s >= p.num_segments || token >= N) continue;
+        int level = 0;
+        if (token < num_tokens) {
+          level = min(max(levels[s][i], 1), kNumLevels);
+          present |= 1u << (4 * s + level - 1);
+        }
+        if (warp == 0) shared[plan.levels + s * N + token] = static_cast<uint8_t>(level);
+      }
+    }
+    present = __reduce_or_sync(~0u, present);
+  }
+
+  // ---- Loads of weights.
+
+  template <int level>
+  __device__ __forceinline__ void Start() {
+    stage = fill_stage = 0;
+    parity = 0;
+    fill_round = 0;
+    fill_left = end - begin;
+    fill_at = FirstOf(0);
+    for (int i = 0; i < plan.stages; ++i) Fill<level>();
+  }
+
+  // Asks for the next stage.
+  template <int level>
+  __device__ __forceinline__ void Fill() {
+    if (fill_round >= MyRounds()) return;
+    constexpr int kGroups = level == kMixed ? 1 : GroupsPerStage(level);
+    const int count = min(kGroups, fill_left);
+    const uint32_t to = ring + fill_stage * kWarpStageBytes, bar = barrier + fill_stage * 8;
+    if (lane == 0) {
+      if constexpr (level != kMixed) {
+        ptx::BarrierArriveExpecting(bar, count * (level * kTileBytes + kTileScaleBytes));
+#pragma unroll
+        for (int s = 0; s < level; ++s) {
+          ptx::BulkCopy(to + s * kGroups * kTileBytes, p.slices[s] + size_t{fill_at} * 32,
+                        count * kTileBytes, bar);
+        }
+        ptx::BulkCopy(to + kWarpStageScales, p.scales[level - 1] + size_t{fill_at} * 4,
+                      count * kTileScaleBytes, bar);
+      } else {
+        const uint32_t levels = LevelsOf(TileOf(UnitOf(fill_round), own));
+        ptx::BarrierArriveExpecting(
+            bar, (32 - __clz(levels)) * kTileBytes + __popc(levels) * kTileScaleBytes);
+#pragma unroll
+        for (int s = 0; s < kNumSlices; ++s) {
+          if (levels >> s == 0) break;
+          ptx::BulkCopy(to + s * kTileBytes, p.slices[s] + size_t{fill_at} * 32, kTileBytes, bar);
+          if ((levels >> s & 1) == 0) continue;
+          ptx::BulkCopy(to + kWarpStageScales + s * kTileScaleBytes,
+                        p.scales[s] + size_t{fill_at} * 4, kTileScaleBytes, bar);
+        }
+      }
+    }
+    fill_stage = fill_stage + 1 == plan.stages ? 0 : fill_stage + 1;
+    fill_at += count;
+    fill_left -= count;
+    if (fill_left > 0) return;
+    ++fill_round;
+    fill_left = end - begin;
+    fill_at = FirstOf(fill_round);
+  }
+
+  __device__ __forceinline__ const uint8_t* StageData() const {
+    return shared + plan.ring + (warp * plan.stages + stage) * kWarpStageBytes;
+  }
+
+  __device__ __forceinline__ void Await() const { ptx::BarrierWait(barrier + stage * 8, parity); }
+
+  // The stage has been read: it is filled again.
+  template <int level>
+  __device__ __forceinline__ void Release() {
+    __syncwarp();
+    if (++stage == plan.stages) {
+      stage = 0;
+      parity ^= 1;
+    }
+    Fill<level>();
+  }
+
+  // ---- Products.
+
+  // d = the first or second half of a group's columns, added.
+  template <int half>
+  __device__ __forceinline__ void MultiplyHalf(float (&d)[4 * NT], const uint32_t (&a)[16],
+                                               int group) const {
+    const uint64_t b = XOperand(group, half);
+    ptx::WgmmaFence();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (half == 0 && k == 0) {
+        ptx::WgmmaRegistersFromZero<N>(d, a, b);
+      } else {
+        ptx::WgmmaRegisters<N>(d, a + 4 * k, b + k * ptx::kWgmmaStep);
+      }
+    }
+    ptx::WgmmaCommit();
+  }
+
+  // y += range * (d + bias) + offset * sum for one output; the one order of all variants. At levels
+  // 2..4 pair.y has CodeOffset folded in, and there is no bias.
+  template <bool kBias>
+  static __device__ __forceinline__ float Promote(float y, float d, float bias, float unit,
+                                                  float sum, float2 pair) {
+    if constexpr (kBf16) d *= unit;
+    if constexpr (kBias) d += bias;
+    return fmaf(pair.x, d, fmaf(pair.y, sum, y));
+  }
+
+  // {range, offset} of row lane / 4 + 8 h, the i-th group or level of a stage.
+  __device__ __forceinline__ half2 LoadPair(const uint8_t* from, int i, int h) const {
+    return *reinterpret_cast<const half2*>(from + kWarpStageScales + i * kTileScaleBytes +
+                                           (lane / 4 + 8 * h) * kPairBytes);
+  }
+
+  // y += the group's products, of the tokens that `own_levels` says read this level (null: all).
+  // x has been loaded ahead.
+  template <int level>
+  __device__ __forceinline__ void PromoteAll(int g, const float (&d)[4 * NT],
+                                             const half2 (&pairs)[2], const uint8_t* own_levels,
+                                             OfX& x, float (&y)[NT][4]) const {
+    constexpr bool kBias = level == 1;
+    float2 pair[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      pair[h] = __half22float2(pairs[h]);
+      if constexpr (level > 1) pair[h].y = fmaf(pair[h].x, CodeOffset(level), pair[h].y);
+    }
+#pragma unroll
+    for (int j = 0; j < NT; ++j) {
+      const int at = kLoadAhead ? j : 0;
+      if constexpr (!kLoadAhead) this->template LoadOfX<kBias>(g, j, 0, x);
+      const float2 sum = x.sum[at], unit = x.unit[at];
+      float4 bias = make_float4(0, 0, 0, 0);
+      if constexpr (kBias) bias = x.bias[at];
+      const float to[4] = {Promote<kBias>(y[j][0], d[4 * j], bias.x, unit.x, sum.x, pair[0]),
+                           Promote<kBias>(y[j][1], d[4 * j + 1], bias.z, unit.y, sum.y, pair[0]),
+                           Promote<kBias>(y[j][2], d[4 * j + 2], bias.y, unit.x, sum.x, pair[1]),
+                           Promote<kBias>(y[j][3], d[4 * j + 3], bias.w, unit.y, sum.y, pair[1])};
+      bool own[2] = {true, true};
+      if (own_levels != nullptr) {
+        const uchar2 two = *reinterpret_cast<const uchar2*>(own_levels + 8 * j + lane % 4 * 2);
+        own[0] = two.x == level;
+        own[1] = two.y == level;
+      }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) y[j][e] = own[e % 2] ? to[e] : y[j][e];
+    }
+  }
+
+  // A group in registers.
+  template <int level>
+  struct Words {
+    uint4 slices[level];
+    half2 pairs[2];
+  };
+
+  // The i-th group of a stage.
+  template <int level>
+  __device__ __forceinline__ void Take(const uint8_t* from, int i, Words<level>& words) const {
+#pragma unroll
+    for (int s = 0; s < level; ++s) {
+      words.slices[s] = *reinterpret_cast<const uint4*>(
+          from + (s * GroupsPerStage(level) + i) * kTileBytes + lane * 16);
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) words.pairs[h] = LoadPair(from, i, h);
+  }
+
+  // The fragments of words 2 half and 2 half + 1.
+  template <int level, int half>
+  static __device__ __forceinline__ void UnpackHalf(const uint4 (&words)[level],
+                                                    uint32_t (&a)[16]) {
+#pragma unroll
+    for (int w = 0; w < 2; ++w) {
+      uint32_t slices[level];
+#pragma unroll
+      for (int s = 0; s < level; ++s) slices[s] = (&words[s].x)[2 * half + w];
+      Unpack<level>(slices, a + 8 * w);
+    }
+  }
+
+  // All units of this warpgroup, all tokens at one level. A group's second half is unpacked while
+  // the first is multiplied, and the next group's first half while the second is.
+  template <int level>
+  __device__ __forceinline__ void Run() {
+    constexpr int kGroups = GroupsPerStage(level);
+    float y[NT][4] = {}, d[4 * NT];
+    half2 pairs[2];  // of the group that is being multiplied
+    const int my_rounds = MyRounds();
+    for (int round = 0; round < my_rounds; ++round) {
+      int i = 0;  // of the stage
+      const uint8_t* from = nullptr;
+      int before = end - 1;
+      for (int g = begin; g < end; ++g) {
+        if (i == 0) {
+          Await();
+          from = StageData();
+        }
+        Words<level> words;
+        Take<level>(from, i, words);
+        uint32_t a[16], b[16];
+        ptx::WgmmaWait<1>();  // the first half before this one has read its fragments
+        UnpackHalf<level, 0>(words.slices, a);
+        OfX x;
+        this->template LoadAhead<level == 1>(before, x);
+        ptx::WgmmaWait<0>();
+        if (g > begin || round > 0) PromoteAll<level>(before, d, pairs, nullptr, x, y);
+        if (g == begin && round > 0) Finish(round - 1, y);
+        MultiplyHalf<0>(d, a, g);
+        UnpackHalf<level, 1>(words.slices, b);
+        MultiplyHalf<1>(d, b, g);
+        pairs[0] = words.pairs[0], pairs[1] = words.pairs[1];
+        before = g;
+        if (++i == kGroups || g + 1 == end) {
+          Release<level>();
+          i = 0;
+        }
+      }
+    }
+    ptx::WgmmaWait<0>();
+    if (my_rounds > 0) {
+      OfX x;
+      this->template LoadAhead<level == 1>(end - 1, x);
+      PromoteAll<level>(end - 1, d, pairs, nullptr, x, y);
+      Finish(my_rounds - 1, y);
+    }
+    FinishAll();
+  }
+
+  // A level of its own for every token: the codes of each level that occurs in the unit are
+  // multiplied by all tokens, and each token takes what is of its level.
+  __device__ __forceinline__ void RunMixed() {
+    const int my_rounds = MyRounds();
+    float y[NT][4] = {};
+    for (int round = 0; round < my_rounds; ++round) {
+      const int unit = UnitOf(round);
+      uint32_t occur = 0;
+#pragma unroll
+      for (int i = 0; i < kUnitTiles; ++i) occur |= LevelsOf(TileOf(unit, i));
+      const uint8_t* const own_levels = shared + plan.levels + SegmentOf(TileOf(unit, own)) * N;
+      for (int g = begin; g < end; ++g) {
+        Await();
+        const uint8_t* const from = StageData();
+        if (occur & 1) MultiplyLevel<1>(from, g, own_levels, y);
+        if (occur & 2) MultiplyLevel<2>(from, g, own_levels, y);
+        if (occur & 4) MultiplyLevel<3>(from, g, own_levels, y);
+        if (occur & 8) MultiplyLevel<4>(from, g, own_levels, y);
+        Release<kMixed>();
+      }
+      Finish(round, y);
+    }
+    FinishAll();
+  }
+
+  template <int level>
+  __device__ __forceinline__ void MultiplyLevel(const uint8_t* from, int g,
+                                                const uint8_t* own_levels,
+                                                float (&y)[NT][4]) const {
+    uint4 words[level];
+#pragma unroll
+    for (int s = 0; s < level; ++s) {
+      words[s] = *reinterpret_cast<const uint4*>(from + s * kTileBytes + lane * 16);
+    }
+    uint32_t a[16], b[16];
+    float d[4 * NT];
+    UnpackHalf<level, 0>(words, a);
+    MultiplyHalf<0>(d, a, g);
+    UnpackHalf<level, 1>(words, b);
+    MultiplyHalf<1>(d, b, g);
+    const half2 pairs[2] = {LoadPair(from, level - 1, 0), LoadPair(from, level - 1, 1)};
+    OfX x;
+    this->template LoadAhead<level == 1>(g, x);
+    ptx::WgmmaWait<0>();
+    PromoteAll<level>(g, d, pairs, own_levels, x, y);
+  }
+};
+
+// Grid: the blocks of the clusters; y blocks of N tokens.
+template <int N, int W, bool kBf16>
+__global__ void __launch_bounds__(128 * W, 1)
+    SlicedDecode90Kernel(const __grid_constant__ SlicedProblem p,
+                         const __grid_constant__ Decode90Plan plan) {
+#if MOBI_WGMMA
+  extern __shared__ __align__(1024) uint8_t shared[];
+  ptx::LaunchDependents();
+  DecodeWarp90<N, W, kBf16> self(p, plan, shared);
+  self.Prepare();
+  __syncthreads();
+  self.Expect(0);
+  self.Expect(1);
+  ptx::ClusterArriveRelaxed();  // this block's barriers are ready: Finish waits for all
+  ptx::WaitForPrevious();
+  uint4 v[self.kBatch];
+  self.ReadX(self.warp, v);
+  self.ReadLevels();
+  const int level = self.CommonLevel();
+  switch (level) {
+    case 1:
+      self.template Start<1>();
+      break;
+    case 2:
+      self.template Start<2>();
+      break;
+    case 3:
+      self.template Start<3>();
+      break;
+    case 4:
+      self.template Start<4>();
+      break;
+    default:
+      self.template Start<kMixed>();
+  }
+  self.StageX(v);
+  __syncthreads();
+  self.SumX();
+  __syncthreads();
+  switch (level) {
+    case 1:
+      return self.template Run<1>();
+    case 2:
+      return self.template Run<2>();
+    case 3:
+      return self.template Run<3>();
+    case 4:
+      return self.template Run<4>();
+    default:
+      return self.RunMixed();
+  }
+#endif
+}
+
+}  // namespace mobi::cuda
+
+#endif  // MOBI_KERNELS_CUDA_SLICED_MATMUL_DECODE90_CUH_

@@ -1,0 +1,96 @@
+// How the decode path on compute capability 9.0 is cut: constants, the choices of one launch, and
+// where that puts a warp. Shared by the pieces of its kernel (sliced_matmul_decode90.cuh) and its
+// launch.
+#ifndef MOBI_KERNELS_CUDA_SLICED_MATMUL_DECODE90_PLAN_CUH_
+#define MOBI_KERNELS_CUDA_SLICED_MATMUL_DECODE90_PLAN_CUH_
+
+#include <cstdint>
+
+#include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/sliced_matmul_plan.cuh"
+#include "kernels/cuda/sliced_matmul_problem.h"
+
+namespace mobi::cuda {
+
+inline constexpr int kUnitTiles = 4;  // row tiles of a unit: one for each warp of a warpgroup
+inline constexpr int kUnitRows = kUnitTiles * kTileRows;
+inline constexpr int kMaxStages = 8;
+inline constexpr int kPrefetchBytes = 4096;  // per warp, of the first slice
+inline constexpr int kChunkRows = 8;  // of a unit: what one warp's lanes hold of one row half
+
+// One stage of a warp's ring: 4 slices of one group, 2 slices of two, or one slice of four, and
+// the pairs of range and offset.
+inline constexpr int kWarpStageScales = 4 * kTileBytes;
+inline constexpr int kWarpStageBytes = kWarpStageScales + 4 * kTileScaleBytes;
+
+struct Decode90Plan {
+  int parts_log = 0;                 // 2^parts_log parts per block: the cluster has the others
+  int run_units = 0, long_runs = 0;  // units per cluster; the first long_runs have one more
+  int round_units = 0;               // that the block's warpgroups have at a time
+  int rounds = 0, long_rounds = 0;   // of a short and of a long run
+  int pairs_log = 0;                 // 2^pairs_log pairs of tokens are staged
+  int stages = 0;                    // of a warp's ring
+  // Offsets in shared memory; x is at 0.
+  int ring = 0, sums = 0, bias = 0, unit = 0, buffers = 0, levels = 0, barriers = 0;
+  int shared_bytes = 0;
+};
+
+// One warp's place.
+struct Decode90Place {
+  const SlicedProblem& p;
+  const Decode90Plan& plan;
+  uint8_t* shared;
+  int lane, warp, own;            // own: the warp's place in its warpgroup, its tile of a unit
+  int rank;                       // of the block in its cluster
+  int first_unit, num_units;      // the cluster's run
+  int slot, rounds;               // this warpgroup's unit among those of a round
+  int part, begin, end;           // its part; the part's groups, counted from the block's first
+  int first_group, block_groups;  // the block's columns
+  int first_token, num_tokens;
+
+  __device__ __forceinline__ Decode90Place(const SlicedProblem& p, const Decode90Plan& plan,
+                                           uint8_t* shared, int block_tokens)
+      : p(p), plan(plan), shared(shared) {
+    lane = ptx::LaneId();
+    warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // the same for all lanes, as the compiler sees
+    own = warp % 4;
+    const int warpgroup = warp / 4, cluster_log = kPartsLog - plan.parts_log;
+    rank = blockIdx.x & ((1 << cluster_log) - 1);
+    const int cluster = blockIdx.x >> cluster_log;
+    first_unit = cluster * plan.run_units + min(cluster, plan.long_runs);
+    num_units = plan.run_units + (cluster < plan.long_runs);
+    slot = warpgroup >> plan.parts_log;
+    rounds = cluster < plan.long_runs ? plan.long_rounds : plan.rounds;
+    first_group = FirstGroup(rank << plan.parts_log);
+    block_groups = FirstGroup((rank + 1) << plan.parts_log) - first_group;
+    part = (rank << plan.parts_log) + (warpgroup & ((1 << plan.parts_log) - 1));
+    begin = FirstGroup(part) - first_group;
+    end = FirstGroup(part + 1) - first_group;
+    first_token = blockIdx.y * block_tokens;
+    num_tokens = min(p.num_tokens - first_token, block_tokens);
+  }
+
+  __device__ __forceinline__ int Tiles() const { return p.rows / kTileRows; }
+  __device__ __forceinline__ int UnitOf(int round) const {
+    return first_unit + round * plan.round_units + slot;
+  }
+  __device__ __forceinline__ bool HasUnit(int round) const {
+    return round * plan.round_units + slot < num_units;
+  }
+  __device__ __forceinline__ int MyRounds() const { return rounds - !HasUnit(rounds - 1); }
+  __device__ __forceinline__ int FirstGroup(int part) const { return p.groups * part >> kPartsLog; }
+  __device__ __forceinline__ uint32_t FirstOf(int round) const {
+    return static_cast<uint32_t>(TileOf(UnitOf(round), own) * p.groups + first_group + begin);
+  }
+  // Tiles beyond the last repeat it; nothing of them is stored.
+  __device__ __forceinline__ int TileOf(int unit, int place) const {
+    return min(unit * kUnitTiles + place, Tiles() - 1);
+  }
+  __device__ __forceinline__ int SegmentOf(int tile) const {
+    return (tile >= p.segment_tiles[0]) + (tile >= p.segment_tiles[1]);
+  }
+};
+
+}  // namespace mobi::cuda
+
+#endif  // MOBI_KERNELS_CUDA_SLICED_MATMUL_DECODE90_PLAN_CUH_
