@@ -1,6 +1,7 @@
 #include "engine/kv_cache.h"
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "engine/base/status_macros.h"
 
 namespace mobi {
@@ -16,7 +17,16 @@ absl::StatusOr<KvCache> KvCache::Create(const ModelConfig& config, int num_block
   cache.num_blocks_ = num_blocks;
   cache.block_size_ = block_size;
   const DType dtype = backend.activation_dtype();
-  const size_t bytes = num_blocks * BlockBytes(config, block_size, dtype);
+  const size_t block_bytes = BlockBytes(config, block_size, dtype);
+  const size_t bytes = num_blocks * block_bytes;
+  const MemoryInfo memory = backend.memory();
+  if (memory.total > 0 && bytes > memory.free) {
+    return absl::ResourceExhaustedError(absl::StrFormat(
+        "KV cache: %d blocks need %.1f MiB; the %.1f of %.1f MiB that are free on %s would hold %d",
+        num_blocks, static_cast<double>(bytes) / 1048576,
+        static_cast<double>(memory.free) / 1048576, static_cast<double>(memory.total) / 1048576,
+        backend.description(), memory.free / block_bytes));
+  }
   MOBI_ASSIGN_OR_RETURN(cache.memory_,
                         backend.Allocate(bytes, absl::StrCat("KV cache, ", num_blocks, " blocks")));
   // Attention never reads a row that was not written, but a zero row keeps NaN out of any bug.

@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstring>
 
+#include "hwy/cache_control.h"
+
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/sliced_matmul.cc"
 #include "hwy/foreach_target.h"
@@ -22,6 +24,9 @@ constexpr int kMaxTokens = 256;
 // level cache.
 constexpr int64_t kChunkGroups = 4;
 constexpr int64_t kChunk = kChunkGroups * kGroupSize;
+// How far ahead of its use a tile is asked for where one token waits for memory: the streams of a
+// weight are too many for the processor to foresee them all.
+constexpr int64_t kTilesAhead = 8;
 // Strides that are not a power of two spread rows over the sets of the cache.
 constexpr int64_t kStridePadding = 16;
 constexpr int64_t kChunkStride = kChunk + kStridePadding;
@@ -320,7 +325,14 @@ HWY_NOINLINE void DotTile(const SlicedWeight& weight, int64_t tile, const float*
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t index = tile * groups + group;
     const TileScales scales(weight.scales[Level - 1] + index * kTileRows * 2);
+    if constexpr (T == 1) {
+      hwy::Prefetch(weight.scales[Level - 1] + (index + kTilesAhead) * kTileRows * 2);
+    }
     for (size_t g = 0; g < kTileRows / 2; ++g) {
+      if constexpr (T == 1) {
+        const size_t ahead = (index + kTilesAhead) * kTileBytes + g * kLineWords * 4;
+        for (int s = 0; s < Level; ++s) hwy::Prefetch(weight.slices[s] + ahead);
+      }
       const RowWeights<Level, 0> row0(scales.range[g], scales.base[g]);
       const RowWeights<Level, 1> row1(scales.range[g + 8], scales.base[g + 8]);
       MultiplyTokens<T> multiply{x, group * kGroupSize, {}, {}};
