@@ -57,7 +57,7 @@ float KeepFreeBits(const PressureOptions& options, const PressureInput& input, f
                    double seconds, PressureState& state) {
   const double keep = state.updated ? Decay(seconds, options.tokens_smoothing) : 0;
   state.step_tokens = std::lerp(input.step_tokens, state.step_tokens, keep);
-  if (input.surface == nullptr || state.step_tokens <= 0) {
+  if (input.surface == nullptr) {
     state.kept_bits = 0;
     return wanted;
   }
