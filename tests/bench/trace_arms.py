@@ -142,11 +142,12 @@ def print_comparison(results):
         if not r["arm"].startswith("elastic"):
             continue
         share = r["attainment"] / four["attainment"] if four["attainment"] else float("nan")
-        removed = (1 - r["violations"] / eight["violations"]) if eight["violations"] else 0
+        removed = "static 8 had no violations"
+        if eight["violations"]:
+            part = lambda arm: f"{100 * (1 - arm['violations'] / eight['violations']):.0f} %"
+            removed = f"{part(r)} of static 8's violations removed (static 4 removes {part(four)})"
         print(f"{r['arm']}: {share:.3f} of static 4's attainment at "
-              f"{r['mean_effective_bits'] - four['mean_effective_bits']:+.2f} bits; "
-              f"{100 * removed:.0f} % of static 8's violations removed "
-              f"(static 4 removes {100 * (1 - four['violations'] / max(1, eight['violations'])):.0f} %)")
+              f"{r['mean_effective_bits'] - four['mean_effective_bits']:+.2f} bits; {removed}")
 
 
 def arguments():
