@@ -28,6 +28,15 @@ void CallRegistry::EndAll(const absl::Status& status) {
   for (Call* call : calls_) call->End(status);
 }
 
+void CallRegistry::EndSome(const std::unordered_set<std::string>& public_ids,
+                           const absl::Status& status) {
+  MutexLock lock(mutex_);
+  for (Call* call : calls_) {
+    const std::string id(call->public_id());
+    if (!id.empty() && public_ids.count(id) > 0) call->End(status);
+  }
+}
+
 bool CallRegistry::WaitUntilEmpty(Duration timeout) {
   const auto deadline = std::chrono::steady_clock::now() + timeout;
   MutexLock lock(mutex_);

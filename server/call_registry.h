@@ -3,6 +3,8 @@
 #ifndef MOBI_SERVER_CALL_REGISTRY_H_
 #define MOBI_SERVER_CALL_REGISTRY_H_
 
+#include <string>
+#include <string_view>
 #include <unordered_set>
 
 #include "absl/base/thread_annotations.h"
@@ -22,6 +24,8 @@ class CallRegistry {
     virtual void Sweep(TimePoint now) = 0;
     // Ends the call with `status` as soon as it can.
     virtual void End(const absl::Status& status) = 0;
+    // What other calls may name it by; empty: nothing.
+    virtual std::string_view public_id() const { return {}; }
   };
 
   void Add(Call* call);
@@ -29,6 +33,8 @@ class CallRegistry {
   int size() const;
   void SweepAll(TimePoint now);
   void EndAll(const absl::Status& status);
+  // Ends the calls with one of these public ids.
+  void EndSome(const std::unordered_set<std::string>& public_ids, const absl::Status& status);
   // False when calls are left after `timeout`.
   bool WaitUntilEmpty(Duration timeout);
 

@@ -1,21 +1,108 @@
 #include "server/client.h"
 
+#include <algorithm>
+#include <fstream>
+#include <iterator>
+#include <utility>
+
+#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "engine/base/status_macros.h"
 #include "grpc/health/v1/health.grpc.pb.h"
 #include "grpcpp/create_channel.h"
 #include "grpcpp/security/credentials.h"
+#include "grpcpp/support/client_interceptor.h"
 #include "server/rpc_status.h"
 
 namespace mobi {
 
-std::shared_ptr<grpc::Channel> Connect(const std::string& address) {
+namespace {
+
+namespace experimental = grpc::experimental;
+
+// gRPC's own call credentials need TLS; a token may as well travel to a proxy on loopback.
+class BearerToken final : public experimental::Interceptor {
+ public:
+  explicit BearerToken(const std::string& header) : header_(header) {}
+  void Intercept(experimental::InterceptorBatchMethods* methods) override {
+    if (methods->QueryInterceptionHookPoint(
+            experimental::InterceptionHookPoints::PRE_SEND_INITIAL_METADATA)) {
+      methods->GetSendInitialMetadata()->emplace("authorization", header_);
+    }
+    methods->Proceed();
+  }
+
+ private:
+  const std::string& header_;
+};
+
+class BearerTokenFactory final : public experimental::ClientInterceptorFactoryInterface {
+ public:
+  explicit BearerTokenFactory(const std::string& token) : header_("Bearer " + token) {}
+  experimental::Interceptor* CreateClientInterceptor(experimental::ClientRpcInfo*) override {
+    return new BearerToken(header_);
+  }
+
+ private:
+  const std::string header_;
+};
+
+absl::StatusOr<std::string> ReadFileOf(const std::string& flag, const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  std::string text(std::istreambuf_iterator<char>(file), {});
+  if (file.bad() || !file.is_open() || text.empty()) {
+    return absl::InvalidArgumentError(absl::StrCat("--", flag, ": cannot read ", path));
+  }
+  return text;
+}
+
+}  // namespace
+
+absl::StatusOr<ClientSecurity> LoadClientSecurity(const ClientSecurityFiles& files) {
+  ClientSecurity security;
+  const std::pair<const char*, std::pair<const std::string*, std::string*>> pems[] = {
+      {"tls_ca", {&files.ca, &security.ca}},
+      {"tls_cert", {&files.cert, &security.cert}},
+      {"tls_key", {&files.key, &security.key}}};
+  for (const auto& [flag, pem] : pems) {
+    if (pem.first->empty()) continue;
+    security.tls = true;
+    MOBI_ASSIGN_OR_RETURN(*pem.second, ReadFileOf(flag, *pem.first));
+  }
+  if (security.cert.empty() != security.key.empty()) {
+    return absl::InvalidArgumentError("--tls_cert and --tls_key: one needs the other");
+  }
+  security.server_name = files.server_name;
+  if (!files.token.empty() && !files.token_file.empty()) {
+    return absl::InvalidArgumentError("--token and --token_file exclude each other");
+  }
+  security.token = files.token;
+  if (!files.token_file.empty()) {
+    MOBI_ASSIGN_OR_RETURN(security.token, ReadFileOf("token_file", files.token_file));
+    absl::StripAsciiWhitespace(&security.token);
+  }
+  const bool printable = std::all_of(security.token.begin(), security.token.end(),
+                                     [](char c) { return absl::ascii_isgraph(c); });
+  if (!printable) return absl::InvalidArgumentError("--token: has characters outside ASCII's");
+  return security;
+}
+
+std::shared_ptr<grpc::Channel> Connect(const std::string& address, const ClientSecurity& security) {
   grpc::ChannelArguments arguments;
   arguments.SetMaxReceiveMessageSize(64 << 20);
   arguments.SetUserAgentPrefix("mobictl");
   // Channels to one address would share a connection otherwise, and with it its limit of streams.
   arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
-  return grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), arguments);
+  if (!security.server_name.empty()) arguments.SetSslTargetNameOverride(security.server_name);
+  const auto credentials = security.tls
+                               ? grpc::SslCredentials({security.ca, security.key, security.cert})
+                               : grpc::InsecureChannelCredentials();
+  if (security.token.empty()) return grpc::CreateCustomChannel(address, credentials, arguments);
+  std::vector<std::unique_ptr<experimental::ClientInterceptorFactoryInterface>> interceptors;
+  interceptors.push_back(std::make_unique<BearerTokenFactory>(security.token));
+  return experimental::CreateCustomChannelWithInterceptors(address, credentials, arguments,
+                                                           std::move(interceptors));
 }
 
 void SetDeadline(Duration timeout, grpc::ClientContext& context) {
@@ -44,10 +131,10 @@ std::string DescribeError(const absl::Status& status, const std::string& address
 }
 
 absl::StatusOr<bool> CheckHealth(const std::string& address, const std::string& service,
-                                 Duration timeout) {
+                                 Duration timeout, const ClientSecurity& security) {
   using grpc::health::v1::HealthCheckRequest;
   using grpc::health::v1::HealthCheckResponse;
-  const auto stub = grpc::health::v1::Health::NewStub(Connect(address));
+  const auto stub = grpc::health::v1::Health::NewStub(Connect(address, security));
   grpc::ClientContext context;
   SetDeadline(timeout, context);
   HealthCheckRequest request;

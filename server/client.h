@@ -17,8 +17,29 @@
 
 namespace mobi {
 
-// A connection of its own, made lazily; messages up to 64 MiB are taken.
-std::shared_ptr<grpc::Channel> Connect(const std::string& address);
+// How a client proves who it is and knows the server. PEM texts, not paths.
+struct ClientSecurity {
+  bool tls = false;
+  std::string ca;    // empty: the system's authorities
+  std::string cert;  // with `key`: for mTLS
+  std::string key;
+  std::string server_name;  // that the server's certificate must have; empty: the address's
+  std::string token;        // bearer token; empty: none
+};
+
+// Names of files; `token` is the token itself.
+struct ClientSecurityFiles {
+  std::string ca, cert, key, server_name, token, token_file;
+};
+
+// INVALID_ARGUMENT: contradictory, or a file that cannot be read, by name. TLS is on as soon as one
+// of its files is named.
+absl::StatusOr<ClientSecurity> LoadClientSecurity(const ClientSecurityFiles& files);
+
+// A connection of its own, made lazily; messages up to 64 MiB are taken. Every call brings the
+// token.
+std::shared_ptr<grpc::Channel> Connect(const std::string& address,
+                                       const ClientSecurity& security = {});
 
 // Zero: no deadline.
 void SetDeadline(Duration timeout, grpc::ClientContext& context);
@@ -28,7 +49,7 @@ std::string DescribeError(const absl::Status& status, const std::string& address
 
 // Whether `service` ("" is the process) is SERVING by grpc.health.v1.
 absl::StatusOr<bool> CheckHealth(const std::string& address, const std::string& service,
-                                 Duration timeout);
+                                 Duration timeout, const ClientSecurity& security = {});
 
 // Streams one generation to `on_message`; the summary is empty when the server sent none.
 absl::StatusOr<v1::Summary> Generate(

@@ -29,23 +29,21 @@ absl::StatusOr<std::string> TenantOf(const grpc::CallbackServerContext& context,
 
 }  // namespace
 
-GenerateCall* GenerateCall::Start(const CallServices& services,
-                                  grpc::CallbackServerContext* context,
-                                  const v1::GenerateRequest& request) {
-  auto* call = new GenerateCall(services, context);  // OnDone deletes it
+void GenerateCall::Start(const absl::StatusOr<v1::GenerateRequest>& request) {
   // Registered before it is admitted, so that a drain sees every call it let in.
-  services.registry.Add(call);
-  if (auto status = call->Submit(request); !status.ok()) {
-    call->Conclude(status, nullptr, std::nullopt);
+  services_.registry.Add(this);
+  if (auto status = Submit(request); !status.ok()) {
+    Conclude(OnThisWire(std::move(status)), nullptr, std::nullopt);
   }
-  return call;
 }
 
-absl::Status GenerateCall::Submit(const v1::GenerateRequest& request) {
+absl::Status GenerateCall::Submit(const absl::StatusOr<v1::GenerateRequest>& request) {
+  MOBI_RETURN_IF_ERROR(services_.access.Check(*context_, Scope::kGenerate));
+  MOBI_RETURN_IF_ERROR(request.status());
   MOBI_ASSIGN_OR_RETURN(const ServedModel* model, services_.state.Admit());
   const PolicyVersion policy = services_.controller.policy();
   MOBI_ASSIGN_OR_RETURN(ParsedRequest parsed,
-                        ParseGenerateRequest(request, *model, services_.limits, *policy.policy,
+                        ParseGenerateRequest(*request, *model, services_.limits, *policy.policy,
                                              services_.clock.WallNow()));
   MOBI_ASSIGN_OR_RETURN(parsed.engine.tenant, TenantOf(*context_, services_.limits));
   parsed.engine.deadline = Deadline();
@@ -57,7 +55,7 @@ absl::Status GenerateCall::Submit(const v1::GenerateRequest& request) {
     parsed.request_id = absl::StrFormat("%016x", services_.seeds.Next());
   }
   engine_ = model->engine.get();
-  SetUpCompletions(request, parsed, *model->tokenizer);
+  SetUpCompletions(*request, parsed, *model->tokenizer);
   MOBI_ASSIGN_OR_RETURN(const RequestId id, engine_->Submit(std::move(parsed.engine), this));
   bool cancelled = false;
   {
@@ -81,14 +79,21 @@ TimePoint GenerateCall::Deadline() const {
 void GenerateCall::SetUpCompletions(const v1::GenerateRequest& request, const ParsedRequest& parsed,
                                     const Tokenizer& tokenizer) {
   tokenizer_ = &tokenizer;
+  prompt_tokens_ = static_cast<int>(parsed.engine.prompt.size());
   stops_ = parsed.stops;
   request_id_ = parsed.request_id;
   seed_ = parsed.engine.sampling.seed;
   wants_logprobs_ = parsed.logprobs;
   top_logprobs_ = parsed.engine.top_logprobs;
+  prompt_top_logprobs_ = parsed.engine.prompt_top_logprobs;
   wants_prompt_ = request.echo() || request.has_prompt_logprobs();
   completions_.reserve(parsed.engine.n);
-  for (int i = 0; i < parsed.engine.n; ++i) completions_.emplace_back(tokenizer, stops_);
+  // Text is continued; the answer to a chat stands for itself, and so do ids, whose text we never
+  // saw.
+  const bool continuation = request.has_text();
+  for (int i = 0; i < parsed.engine.n; ++i) {
+    completions_.emplace_back(tokenizer, continuation, stops_);
+  }
   finish_reasons_.resize(parsed.engine.n, v1::FINISH_REASON_UNSPECIFIED);
   if (!wants_prompt_) return;
   const auto& ids = parsed.engine.prompt;
@@ -109,6 +114,15 @@ void GenerateCall::OnPromptLogprobs(int first, absl::Span<const float> logprobs)
   if (!wants_prompt_) return;  // sent; a preempted prompt was read again
   for (size_t i = 0; i < logprobs.size(); ++i) {
     prompt_.mutable_logprobs(first - 1 + static_cast<int>(i))->set_logprob(logprobs[i]);
+  }
+}
+
+void GenerateCall::OnPromptTopLogprobs(int first, absl::Span<const TopLogprobs> top) {
+  if (!wants_prompt_) return;
+  for (size_t i = 0; i < top.size(); ++i) {
+    auto& logprob = *prompt_.mutable_logprobs(first - 1 + static_cast<int>(i));
+    logprob.clear_top();
+    AddTop(top[i], prompt_top_logprobs_, logprob);
   }
 }
 
@@ -161,7 +175,7 @@ void GenerateCall::OnDone(const RequestEnd& end) {
   Conclude(status, &end, std::move(summary));
 }
 
-void GenerateCall::OnWriteDone(bool ok) {
+void GenerateCall::Written(bool ok) {
   if (!ok) {
     {
       MutexLock lock(mutex_);
@@ -173,7 +187,7 @@ void GenerateCall::OnWriteDone(bool ok) {
   WriteNext();
 }
 
-void GenerateCall::OnCancel() {
+void GenerateCall::Cancelled() {
   {
     MutexLock lock(mutex_);
     if (forced_status_.ok()) {
@@ -185,7 +199,7 @@ void GenerateCall::OnCancel() {
   CancelEngine();
 }
 
-void GenerateCall::OnDone() {
+void GenerateCall::Gone() {
   services_.registry.Remove(this);
   delete this;
 }
@@ -221,13 +235,17 @@ v1::TokenLogprob GenerateCall::LogprobOf(const TokenEvent& event) const {
   logprob.set_token_id(event.token);
   logprob.set_logprob(event.logprob);
   logprob.set_token(std::string(tokenizer_->TokenBytes(event.token)));
-  for (int i = 0; i < top_logprobs_ && event.top != nullptr; ++i) {
-    auto& alternative = *logprob.add_top();
-    alternative.set_token_id(event.top->tokens[i]);
-    alternative.set_logprob(event.top->logprobs[i]);
-    alternative.set_token(std::string(tokenizer_->TokenBytes(event.top->tokens[i])));
-  }
+  if (event.top != nullptr) AddTop(*event.top, top_logprobs_, logprob);
   return logprob;
+}
+
+void GenerateCall::AddTop(const TopLogprobs& top, int count, v1::TokenLogprob& logprob) const {
+  for (int i = 0; i < count; ++i) {
+    auto& alternative = *logprob.add_top();
+    alternative.set_token_id(top.tokens[i]);
+    alternative.set_logprob(top.logprobs[i]);
+    alternative.set_token(std::string(tokenizer_->TokenBytes(top.tokens[i])));
+  }
 }
 
 void GenerateCall::ObserveToken(Completion& completion) {
@@ -309,25 +327,23 @@ void GenerateCall::ScheduleLocked() {
 }
 
 void GenerateCall::WriteNext() {
-  std::optional<grpc::Status> finish;
-  bool write = false;
-  {
-    MutexLock lock(mutex_);
-    write = !outbox_.empty();
-    if (write) outbox_.TakeInto(writing_);
-    if (final_status_) finish = *final_status_;
-    write_state_ = finish && !write ? WriteState::kFinished
-                   : write          ? WriteState::kWriting
-                                    : WriteState::kIdle;
-    write_started_ = services_.clock.Now();
-  }
-  // The last statement of each branch: afterwards the call may be gone.
-  if (write && finish) {
-    StartWriteAndFinish(&writing_, grpc::WriteOptions(), *std::move(finish));
-  } else if (write) {
-    StartWrite(&writing_);
-  } else if (finish) {
-    Finish(*std::move(finish));
+  for (;;) {
+    std::optional<grpc::Status> finish;
+    bool write = false;
+    {
+      MutexLock lock(mutex_);
+      write = !outbox_.empty();
+      if (write) outbox_.TakeInto(writing_);
+      finish = final_status_;
+      write_state_ = write    ? WriteState::kWriting
+                     : finish ? WriteState::kFinished
+                              : WriteState::kIdle;
+      write_started_ = services_.clock.Now();
+    }
+    // In each branch: once the wire has it, the call may be gone.
+    if (write && finish) return WriteAndFinish(writing_, *finish);
+    if (!write && finish) return Finish(*finish);
+    if (!write || Write(writing_)) return;
   }
 }
 

@@ -3,8 +3,9 @@
 // writes, and gRPC's threads report what became of them. The engine never waits: its results go
 // into the outbox, and at any time exactly one party owns the write side (see WriteState).
 //
-// The call deletes itself in OnDone. gRPC's OnDone comes only after Finish, and Finish only after
-// the engine's OnDone (or without a submit), so neither party can meet a dead call.
+// What it writes is a mobi.v1.GenerateResponse; the services derive a class that puts it on their
+// wire. The call is deleted in gRPC's OnDone. That comes only after the finish, and the finish only
+// after the engine's OnDone (or without a submit), so neither party can meet a dead call.
 #ifndef MOBI_SERVER_GENERATE_CALL_H_
 #define MOBI_SERVER_GENERATE_CALL_H_
 
@@ -21,8 +22,8 @@
 #include "engine/engine.h"
 #include "engine/stop_matcher.h"
 #include "grpcpp/server_context.h"
-#include "grpcpp/support/server_callback.h"
 #include "mobi/v1/inference.pb.h"
+#include "server/access_control.h"
 #include "server/call_registry.h"
 #include "server/controller.h"
 #include "server/generate_request.h"
@@ -37,6 +38,7 @@ namespace mobi {
 
 // What every call borrows; outlives all of them.
 struct CallServices {
+  const AccessControl& access;
   const RequestLimits& limits;
   const StreamLimits& stream_limits;
   const ServingState& state;
@@ -48,57 +50,71 @@ struct CallServices {
   SeedSource& seeds;
 };
 
-class GenerateCall final : public grpc::ServerWriteReactor<v1::GenerateResponse>,
-                           public TokenSink,
-                           public WritePump::Source,
-                           public CallRegistry::Call {
+class GenerateCall : public TokenSink, public WritePump::Source, public CallRegistry::Call {
  public:
-  // Starts the call, which from then on looks after itself; the handler returns the result.
-  static GenerateCall* Start(const CallServices& services, grpc::CallbackServerContext* context,
-                             const v1::GenerateRequest& request);
+  // Checks and submits; from now on the call looks after itself. A request that is an error
+  // already ends with it.
+  void Start(const absl::StatusOr<v1::GenerateRequest>& request);
 
   // TokenSink, on the engine's thread.
   void OnPromptLogprobs(int first, absl::Span<const float> logprobs) override;
+  void OnPromptTopLogprobs(int first, absl::Span<const TopLogprobs> top) override;
   bool OnToken(const TokenEvent& event) override;
   void OnCompletionEnd(const CompletionEnd& end) override;
   void OnDone(const RequestEnd& end) override;
 
-  // grpc::ServerWriteReactor, on gRPC's threads, concurrently.
-  void OnWriteDone(bool ok) override;
-  void OnCancel() override;
-  void OnDone() override;
-
   void Pump() override;
   void Sweep(TimePoint now) override;
   void End(const absl::Status& status) override;
+
+ protected:
+  GenerateCall(const CallServices& services, grpc::CallbackServerContext* context)
+      : services_(services), context_(context), arrival_(services.clock.Now()) {}
+  ~GenerateCall() override = default;
+
+  // The wire. Called by the owner of the write side, one at a time; the call may be gone when they
+  // return. `message` lives until Written.
+  // False: nothing of this message goes on the wire, and Written is not called.
+  virtual bool Write(v1::GenerateResponse& message) = 0;
+  virtual void WriteAndFinish(v1::GenerateResponse& message, const grpc::Status& status) = 0;
+  virtual void Finish(const grpc::Status& status) = 0;
+  // A refused request's status, with fields named as on this wire.
+  virtual absl::Status OnThisWire(absl::Status status) const { return status; }
+
+  // What gRPC reports, on its threads, concurrently.
+  void Written(bool ok);
+  void Cancelled();
+  void Gone();  // deletes the call
+
+  grpc::CallbackServerContext& context() { return *context_; }
+  int prompt_tokens() const { return prompt_tokens_; }
 
  private:
   // Who may start the next write or the finish.
   enum class WriteState {
     kIdle,       // the next party with output: it schedules the pump
     kScheduled,  // the pump
-    kWriting,    // gRPC: OnWriteDone
+    kWriting,    // gRPC: Written
     kFinished,   // nobody
   };
 
   // The text of one completion; of the engine's thread.
   struct Completion {
-    Completion(const Tokenizer& tokenizer, const std::vector<std::string>& stops)
-        : detokenizer(tokenizer, {.skip_special = true, .continuation = true}), matcher(stops) {}
+    Completion(const Tokenizer& tokenizer, bool continuation, const std::vector<std::string>& stops)
+        : detokenizer(tokenizer, {.skip_special = true, .continuation = continuation}),
+          matcher(stops) {}
     Detokenizer detokenizer;
     StopMatcher matcher;
     std::optional<TimePoint> last_token;
     bool ended = false;
   };
 
-  GenerateCall(const CallServices& services, grpc::CallbackServerContext* context)
-      : services_(services), context_(context), arrival_(services.clock.Now()) {}
-
-  absl::Status Submit(const v1::GenerateRequest& request);
+  absl::Status Submit(const absl::StatusOr<v1::GenerateRequest>& request);
   TimePoint Deadline() const;
   void SetUpCompletions(const v1::GenerateRequest& request, const ParsedRequest& parsed,
                         const Tokenizer& tokenizer);
   v1::TokenLogprob LogprobOf(const TokenEvent& event) const;
+  void AddTop(const TopLogprobs& top, int count, v1::TokenLogprob& logprob) const;
   void ObserveToken(Completion& completion);
   // Puts the prompt into the first message, if it was asked for and has not been.
   void SendPromptLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -125,10 +141,12 @@ class GenerateCall final : public grpc::ServerWriteReactor<v1::GenerateResponse>
   std::vector<std::string> stops_;
   std::vector<Completion> completions_;
   std::vector<v1::FinishReason> finish_reasons_;
+  int prompt_tokens_ = 0;
   v1::Prompt prompt_;
   bool wants_prompt_ = false;
   bool wants_logprobs_ = false;
   int top_logprobs_ = 0;
+  int prompt_top_logprobs_ = 0;
   std::string request_id_;
   uint64_t seed_ = 0;
   bool seen_token_ = false;

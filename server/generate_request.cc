@@ -88,8 +88,8 @@ void ParseLengths(const v1::GenerateRequest& request, const RequestLimits& limit
   out.engine.top_logprobs =
       checks.Int("logprobs", MOBI_OPTIONAL(request, logprobs), 0, 0, limits.max_logprobs);
   out.logprobs = request.has_logprobs();
-  checks.Int("prompt_logprobs", MOBI_OPTIONAL(request, prompt_logprobs), 0, 0,
-             limits.max_prompt_logprobs);
+  out.engine.prompt_top_logprobs = checks.Int(
+      "prompt_logprobs", MOBI_OPTIONAL(request, prompt_logprobs), 0, 0, limits.max_prompt_logprobs);
   out.engine.prompt_logprobs = request.has_prompt_logprobs();
 }
 
@@ -165,6 +165,17 @@ const char* PromptField(const v1::GenerateRequest& request) {
   return request.has_text() ? "text" : request.has_chat() ? "chat" : "token_ids";
 }
 
+// Scores of the prompt come in one message, so their number has a limit of its own.
+absl::Status CheckPromptScores(const GenerationRequest& parsed, const RequestLimits& limits) {
+  if (!parsed.prompt_logprobs) return absl::OkStatus();
+  const int64_t per_token = 1 + parsed.prompt_top_logprobs;
+  const int64_t scores = static_cast<int64_t>(parsed.prompt.size()) * per_token;
+  if (scores <= limits.max_prompt_scores) return absl::OkStatus();
+  return FieldError("prompt_logprobs",
+                    absl::StrFormat("%d for each of %d prompt tokens, at most %d in all are sent",
+                                    per_token, parsed.prompt.size(), limits.max_prompt_scores));
+}
+
 // Prompt and completion share the context.
 absl::Status FitContext(const v1::GenerateRequest& request, int max_model_len,
                         GenerationRequest& out) {
@@ -204,7 +215,9 @@ absl::StatusOr<std::vector<int32_t>> EncodeText(const std::string& text, bool ad
 absl::StatusOr<std::vector<int32_t>> EncodeChat(const v1::Chat& chat, const ServedModel& model,
                                                 const RequestLimits& limits,
                                                 std::chrono::system_clock::time_point now) {
-  if (!model.chat_template) return FieldError("chat", "this model has no chat template");
+  if (!model.chat_template.ok()) {
+    return FieldError("chat", std::string(model.chat_template.status().message()));
+  }
   if (chat.messages().empty()) return FieldError("chat.messages", "is empty");
   FieldChecks checks;
   checks.Size("chat.messages", chat.messages_size(), limits.max_chat_messages, "messages");
@@ -249,6 +262,7 @@ absl::StatusOr<ParsedRequest> ParseGenerateRequest(const v1::GenerateRequest& re
       ApplyPolicy(request, model.info, *priority_class, policy, out.engine.precision));
   // Last, because it is the part that costs.
   MOBI_ASSIGN_OR_RETURN(out.engine.prompt, ParsePrompt(request, model, limits, now));
+  MOBI_RETURN_IF_ERROR(CheckPromptScores(out.engine, limits));
   MOBI_RETURN_IF_ERROR(FitContext(request, model.engine->max_model_len(), out.engine));
   return out;
 }

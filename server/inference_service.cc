@@ -1,6 +1,7 @@
 #include "server/inference_service.h"
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "engine/base/status_macros.h"
 #include "server/field_checks.h"
 #include "server/rpc_status.h"
@@ -35,29 +36,53 @@ void Describe(const RequestLimits& limits, int max_model_len, v1::Limits& out) {
   out.set_max_deadline_seconds(static_cast<int>(ToSeconds(limits.max_deadline)));
 }
 
+// A GenerateCall whose messages go out as they are.
+class InferenceCall final : public GenerateCall,
+                            public grpc::ServerWriteReactor<v1::GenerateResponse> {
+ public:
+  InferenceCall(const CallServices& services, grpc::CallbackServerContext* context)
+      : GenerateCall(services, context) {}
+
+  void OnWriteDone(bool ok) override { Written(ok); }
+  void OnCancel() override { Cancelled(); }
+  void OnDone() override { Gone(); }
+
+ protected:
+  bool Write(v1::GenerateResponse& message) override {
+    StartWrite(&message);
+    return true;
+  }
+  void WriteAndFinish(v1::GenerateResponse& message, const grpc::Status& status) override {
+    StartWriteAndFinish(&message, grpc::WriteOptions(), status);
+  }
+  void Finish(const grpc::Status& status) override { ServerWriteReactor::Finish(status); }
+};
+
 }  // namespace
 
 grpc::ServerWriteReactor<v1::GenerateResponse>* InferenceService::Generate(
     grpc::CallbackServerContext* context, const v1::GenerateRequest* request) {
-  return GenerateCall::Start(services_, context, *request);
+  auto* call = new InferenceCall(services_, context);  // Gone deletes it
+  call->Start(*request);
+  return call;
 }
 
 grpc::ServerUnaryReactor* InferenceService::Tokenize(grpc::CallbackServerContext* context,
                                                      const v1::TokenizeRequest* request,
                                                      v1::TokenizeResponse* response) {
-  return Answer(context, Method::kTokenize, DoTokenize(*request, *response));
+  return Answer(context, Method::kTokenize, [&] { return DoTokenize(*request, *response); });
 }
 
 grpc::ServerUnaryReactor* InferenceService::Detokenize(grpc::CallbackServerContext* context,
                                                        const v1::DetokenizeRequest* request,
                                                        v1::DetokenizeResponse* response) {
-  return Answer(context, Method::kDetokenize, DoDetokenize(*request, *response));
+  return Answer(context, Method::kDetokenize, [&] { return DoDetokenize(*request, *response); });
 }
 
 grpc::ServerUnaryReactor* InferenceService::GetModel(grpc::CallbackServerContext* context,
                                                      const v1::GetModelRequest*,
                                                      v1::GetModelResponse* response) {
-  return Answer(context, Method::kGetModel, DoGetModel(*response));
+  return Answer(context, Method::kGetModel, [&] { return DoGetModel(*response); });
 }
 
 absl::Status InferenceService::DoTokenize(const v1::TokenizeRequest& request,
@@ -112,7 +137,7 @@ absl::Status InferenceService::DoGetModel(v1::GetModelResponse& response) const 
   response.set_max_bits(info.elastic ? kHighestBits : kFloatBits);
   Describe(info.config, info.num_parameters, *response.mutable_architecture());
   Describe(services_.limits, model->engine->max_model_len(), *response.mutable_limits());
-  response.set_has_chat_template(model->chat_template.has_value());
+  response.set_has_chat_template(model->chat_template.ok());
   response.mutable_eos_token_ids()->Assign(info.config.eos_token_ids.begin(),
                                            info.config.eos_token_ids.end());
   for (const PriorityClass& priority_class : services_.controller.policy().policy->classes) {
@@ -123,7 +148,9 @@ absl::Status InferenceService::DoGetModel(v1::GetModelResponse& response) const 
 
 grpc::ServerUnaryReactor* InferenceService::Answer(grpc::CallbackServerContext* context,
                                                    Method method,
-                                                   const absl::Status& status) const {
+                                                   absl::FunctionRef<absl::Status()> work) const {
+  absl::Status status = services_.access.Check(*context, Scope::kGenerate);
+  if (status.ok()) status = work();
   services_.metrics.RequestEnded(method, status.code());
   grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
   reactor->Finish(ToGrpcStatus(WithRetry(status, services_.stream_limits.retry_after_unavailable)));

@@ -3,7 +3,9 @@
 #ifndef MOBI_SERVER_INFERENCE_SERVICE_H_
 #define MOBI_SERVER_INFERENCE_SERVICE_H_
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
+#include "grpcpp/support/server_callback.h"
 #include "mobi/v1/inference.grpc.pb.h"
 #include "server/generate_call.h"
 
@@ -30,8 +32,9 @@ class InferenceService final : public v1::Inference::CallbackService {
   absl::Status DoDetokenize(const v1::DetokenizeRequest& request,
                             v1::DetokenizeResponse& response) const;
   absl::Status DoGetModel(v1::GetModelResponse& response) const;
+  // Runs `work` if the caller may call, and finishes with its status.
   grpc::ServerUnaryReactor* Answer(grpc::CallbackServerContext* context, Method method,
-                                   const absl::Status& status) const;
+                                   absl::FunctionRef<absl::Status()> work) const;
 
   const CallServices services_;
 };

@@ -18,8 +18,9 @@ struct RequestLimits {
   int default_max_new_tokens = 256;
   int max_n = 4;  // completions multiply KV blocks
   int max_logprobs = kMaxTopLogprobs;
-  int max_prompt_logprobs = 0;  // alternatives per prompt token
-  int max_stop_strings = 8;     // each is searched for in every token's text
+  int max_prompt_logprobs = kMaxTopLogprobs;
+  int max_prompt_scores = 1 << 17;  // logprobs of a prompt, alternatives included: 3 MiB or so
+  int max_stop_strings = 8;         // each is searched for in every token's text
   int max_stop_bytes = 64;
   int max_stop_ids = 8;
   int max_logit_bias = 300;

@@ -33,9 +33,7 @@ absl::StatusOr<std::unique_ptr<ServedModel>> LoadModel(
                                                        opened.checkpoint, *served->backend, clock));
   served->tokenizer = std::move(opened.tokenizer);
   // Models without a template, or with one that we do not know, serve text.
-  if (auto chat = ChatTemplate::Create(*served->tokenizer); chat.ok()) {
-    served->chat_template.emplace(*std::move(chat));
-  }
+  served->chat_template = ChatTemplate::Create(*served->tokenizer);
   ModelInfo& info = served->info;
   info.name = options.name.empty() ? ModelNameOf(options.dir) : options.name;
   info.backend = std::string(served->backend->name());

@@ -16,8 +16,8 @@ using prometheus::MetricFamily;
 using prometheus::MetricType;
 using Labels = std::vector<ClientMetric::Label>;
 
-constexpr const char* kMethodNames[kNumMethods] = {"Generate", "Tokenize", "Detokenize", "GetModel",
-                                                   "Precision"};
+constexpr const char* kMethodNames[kNumMethods] = {
+    "Generate", "Tokenize", "Detokenize", "GetModel", "Precision", "VllmEngine", "KServe"};
 
 MetricFamily Family(std::string name, std::string help, MetricType type) {
   MetricFamily family;
@@ -270,6 +270,16 @@ void Metrics::AddServer(const ControlStatus& control, Families& families) const 
                  static_cast<double>(outbox_overflows_.load(std::memory_order_relaxed)));
   series.Counter("mobi_write_stalls_total", "Calls ended because the client stopped reading.",
                  static_cast<double>(write_stalls_.load(std::memory_order_relaxed)));
+  families.push_back(Family("mobi_access_reloads_total",
+                            "Reloads of TLS and token files by result.", MetricType::Counter));
+  for (int files = 0; files < 2; ++files) {
+    for (int refused = 0; refused < 2; ++refused) {
+      AddValue(families.back(),
+               static_cast<double>(access_reloads_[files][refused].load(std::memory_order_relaxed)),
+               {{"files", files == 0 ? "tls" : "tokens"},
+                {"result", refused == 0 ? "applied" : "refused"}});
+    }
+  }
   families.push_back(Family("mobi_requests_total", "RPCs by status.", MetricType::Counter));
   for (int method = 0; method < kNumMethods; ++method) {
     for (int code = 0; code < kNumStatusCodes; ++code) {

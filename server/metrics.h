@@ -28,9 +28,12 @@ class Exposer;
 namespace mobi {
 
 // RPCs that are counted by status.
-enum class Method { kGenerate, kTokenize, kDetokenize, kGetModel, kPrecision };
-inline constexpr int kNumMethods = 5;
+enum class Method { kGenerate, kTokenize, kDetokenize, kGetModel, kPrecision, kVllm, kKserve };
+inline constexpr int kNumMethods = 7;
 inline constexpr int kNumStatusCodes = 17;
+
+// Files that are taken over again when they change.
+enum class AccessFiles { kTls, kTokens };
 
 class Metrics final : public prometheus::Collectable {
  public:
@@ -59,6 +62,9 @@ class Metrics final : public prometheus::Collectable {
   }
   // kStop, kLength; everything else counts as an abort.
   void CompletionEnded(FinishReason reason);
+  void AccessReloaded(AccessFiles files, bool ok) {
+    access_reloads_[static_cast<int>(files)][ok ? 0 : 1].fetch_add(1, std::memory_order_relaxed);
+  }
   void OutboxOverflowed() { outbox_overflows_.fetch_add(1, std::memory_order_relaxed); }
   void WriteStalled() { write_stalls_.fetch_add(1, std::memory_order_relaxed); }
 
@@ -75,6 +81,8 @@ class Metrics final : public prometheus::Collectable {
   const Sources sources_;
   std::array<std::array<std::atomic<uint64_t>, kNumStatusCodes>, kNumMethods> requests_{};
   std::array<std::atomic<uint64_t>, 3> completions_{};  // stop, length, abort
+  // By files, then applied and refused.
+  std::array<std::array<std::atomic<uint64_t>, 2>, 2> access_reloads_{};
   std::atomic<uint64_t> outbox_overflows_{0};
   std::atomic<uint64_t> write_stalls_{0};
   mutable Mutex mutex_;

@@ -26,38 +26,59 @@ absl::Status BindError(const std::string& what, const std::string& address) {
 absl::StatusOr<std::unique_ptr<MobiServer>> MobiServer::Start(const ServerOptions& options,
                                                               LoadedPolicy policy,
                                                               const Clock& clock) {
-  std::unique_ptr<PromqlPoller> prometheus;
+  Opened opened;
+  MOBI_ASSIGN_OR_RETURN(opened.access, AccessControl::Open(options.token_file));
+  if (options.tls.enabled()) {
+    MOBI_ASSIGN_OR_RETURN(opened.tls, TlsIdentity::Open(options.tls));
+  }
   if (!options.prometheus_url.empty()) {
-    MOBI_ASSIGN_OR_RETURN(prometheus, PromqlPoller::Start(options.prometheus_url, clock));
+    MOBI_ASSIGN_OR_RETURN(opened.prometheus, PromqlPoller::Start(options.prometheus_url, clock));
   }
   std::unique_ptr<MobiServer> server(
-      new MobiServer(options, std::move(policy), clock, std::move(prometheus)));
+      new MobiServer(options, std::move(policy), clock, std::move(opened)));
   MOBI_RETURN_IF_ERROR(server->controller_.Check(*server->controller_.policy().policy));
   MOBI_RETURN_IF_ERROR(server->Listen());
   return server;
 }
 
 MobiServer::MobiServer(const ServerOptions& options, LoadedPolicy policy, const Clock& clock,
-                       std::unique_ptr<PromqlPoller> prometheus)
+                       Opened opened)
     : options_(options),
       clock_(clock),
+      access_(std::move(opened.access)),
+      tls_(std::move(opened.tls)),
       state_([this](bool ready) { SetReadiness(ready); }),
-      controller_(options.controller, std::move(policy), clock, std::move(prometheus)),
+      controller_(options.controller, std::move(policy), clock, std::move(opened.prometheus)),
       metrics_(std::make_shared<Metrics>(Metrics::Sources{
           .control = [this] { return controller_.status(); },
           .ready = [this] { return state_.ready(); },
           .active_calls = [this] { return registry_.size(); },
       })),
-      inference_(CallServices{options_.request_limits, options_.stream_limits, state_, controller_,
-                              clock_, *metrics_, registry_, pump_, seeds_}),
-      precision_(PrecisionServices{controller_, state_, registry_, *metrics_, clock_,
+      inference_(Services()),
+      vllm_(Services()),
+      kserve_(*access_, state_, controller_, *metrics_),
+      precision_(PrecisionServices{*access_, controller_, state_, registry_, *metrics_, clock_,
                                    options.drain_grace}),
       last_progress_(clock.Now()) {
   controller_.WatchLatency(metrics_->time_to_first_token, metrics_->inter_token_latency);
 }
 
+CallServices MobiServer::Services() {
+  return {*access_,
+          options_.request_limits,
+          options_.stream_limits,
+          state_,
+          controller_,
+          clock_,
+          *metrics_,
+          registry_,
+          pump_,
+          seeds_};
+}
+
 MobiServer::~MobiServer() {
   policy_file_.reset();
+  access_task_.reset();
   housekeeping_task_.reset();
   control_task_.reset();
   state_.SetStopping();
@@ -81,22 +102,42 @@ absl::Status MobiServer::Listen() {
       std::make_unique<PeriodicTask>(options_.controller.interval, [this] { controller_.Tick(); });
   housekeeping_task_ =
       std::make_unique<PeriodicTask>(options_.housekeeping_interval, [this] { Housekeep(); });
+  access_task_ =
+      std::make_unique<PeriodicTask>(options_.access_interval, [this] { ReloadAccess(); });
   return absl::OkStatus();
+}
+
+std::shared_ptr<grpc::ServerCredentials> MobiServer::Credentials() const {
+  return tls_ == nullptr ? grpc::InsecureServerCredentials() : tls_->Credentials();
+}
+
+void MobiServer::ReloadAccess() {
+  const auto report = [this](AccessFiles files, const absl::StatusOr<bool>& changed) {
+    if (changed.ok() && !*changed) return;
+    metrics_->AccessReloaded(files, changed.ok());
+    if (changed.ok()) return;
+    std::fprintf(stderr, "%s not reloaded: %s\n", files == AccessFiles::kTls ? "TLS" : "tokens",
+                 std::string(changed.status().message()).c_str());
+  };
+  report(AccessFiles::kTokens, access_->Reload());
+  if (tls_ != nullptr) report(AccessFiles::kTls, tls_->Reload());
 }
 
 absl::Status MobiServer::ListenData() {
   grpc::ServerBuilder builder;
-  Harden(options_.transport_limits, PortKind::kData, builder);
-  builder.AddListeningPort(options_.listen, grpc::InsecureServerCredentials(), &data_port_);
+  Harden(options_.transport_limits, PortKind::kData, access_->enabled(), builder);
+  builder.AddListeningPort(options_.listen, Credentials(), &data_port_);
   builder.RegisterService(&inference_);
+  builder.RegisterService(&vllm_);
+  builder.RegisterService(&kserve_);
   data_server_ = builder.BuildAndStart();
   return data_server_ == nullptr ? BindError("data", options_.listen) : absl::OkStatus();
 }
 
 absl::Status MobiServer::ListenAdmin() {
   grpc::ServerBuilder builder;
-  Harden(options_.transport_limits, PortKind::kAdmin, builder);
-  builder.AddListeningPort(options_.admin_listen, grpc::InsecureServerCredentials(), &admin_port_);
+  Harden(options_.transport_limits, PortKind::kAdmin, access_->enabled(), builder);
+  builder.AddListeningPort(options_.admin_listen, Credentials(), &admin_port_);
   builder.RegisterService(&precision_);
   admin_server_ = builder.BuildAndStart();
   return admin_server_ == nullptr ? BindError("admin", options_.admin_listen) : absl::OkStatus();

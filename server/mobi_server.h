@@ -11,15 +11,19 @@
 #include "absl/status/statusor.h"
 #include "engine/base/clock.h"
 #include "grpcpp/server.h"
+#include "server/access_control.h"
 #include "server/call_registry.h"
 #include "server/controller.h"
 #include "server/inference_service.h"
+#include "server/kserve_service.h"
 #include "server/limits.h"
 #include "server/metrics.h"
 #include "server/periodic_task.h"
 #include "server/policy_file.h"
 #include "server/precision_service.h"
 #include "server/serving_state.h"
+#include "server/tls_identity.h"
+#include "server/vllm_service.h"
 #include "server/write_pump.h"
 
 namespace mobi {
@@ -28,6 +32,10 @@ struct ServerOptions {
   std::string listen = "0.0.0.0:50051";           // port 0: any
   std::string admin_listen = "127.0.0.1:50052";   // who reaches it may change precision
   std::string metrics_listen = "127.0.0.1:9400";  // empty: not served
+  TlsOptions tls;                                 // of data and admin ports
+  std::string token_file;                         // file of access_control.h; empty: open to all
+  // How often the files of both are looked at.
+  Duration access_interval = std::chrono::seconds(1);
   RequestLimits request_limits;
   StreamLimits stream_limits;
   TransportLimits transport_limits;
@@ -42,8 +50,9 @@ struct ServerOptions {
 
 class MobiServer {
  public:
-  // Binds the ports. UNAVAILABLE names the address that cannot be bound, INVALID_ARGUMENT a bad
-  // policy or URL, FAILED_PRECONDITION what the policy lacks. `clock` outlives the server.
+  // Binds the ports. UNAVAILABLE names the address that cannot be bound; INVALID_ARGUMENT is a bad
+  // policy, URL, certificate, key or token file, by name; FAILED_PRECONDITION is what the policy
+  // lacks. `clock` outlives the server.
   static absl::StatusOr<std::unique_ptr<MobiServer>> Start(const ServerOptions& options,
                                                            LoadedPolicy policy, const Clock& clock);
   // Ends what still runs with UNAVAILABLE and closes the ports.
@@ -70,8 +79,18 @@ class MobiServer {
   Metrics& metrics() const { return *metrics_; }
 
  private:
-  MobiServer(const ServerOptions& options, LoadedPolicy policy, const Clock& clock,
-             std::unique_ptr<PromqlPoller> prometheus);
+  // What Start opens before the ports.
+  struct Opened {
+    std::unique_ptr<AccessControl> access;
+    std::unique_ptr<TlsIdentity> tls;  // null: plain text
+    std::unique_ptr<PromqlPoller> prometheus;
+  };
+
+  MobiServer(const ServerOptions& options, LoadedPolicy policy, const Clock& clock, Opened opened);
+  CallServices Services();
+  // Looks at the files behind TLS and tokens.
+  void ReloadAccess();
+  std::shared_ptr<grpc::ServerCredentials> Credentials() const;
   absl::Status Listen();
   absl::Status ListenData();
   absl::Status ListenAdmin();
@@ -82,6 +101,8 @@ class MobiServer {
   const ServerOptions options_;
   const Clock& clock_;
   std::unique_ptr<ServedModel> model_;  // before those who use it
+  std::unique_ptr<AccessControl> access_;
+  std::unique_ptr<TlsIdentity> tls_;  // null: plain text
   ServingState state_;
   Controller controller_;
   CallRegistry registry_;
@@ -89,6 +110,8 @@ class MobiServer {
   std::shared_ptr<Metrics> metrics_;  // shared with the scraping library
   WritePump pump_;
   InferenceService inference_;
+  VllmService vllm_;
+  KserveService kserve_;
   PrecisionService precision_;
   int data_port_ = 0;
   int admin_port_ = 0;
@@ -101,6 +124,7 @@ class MobiServer {
   TimePoint last_progress_{};
   std::unique_ptr<PeriodicTask> control_task_;
   std::unique_ptr<PeriodicTask> housekeeping_task_;
+  std::unique_ptr<PeriodicTask> access_task_;
 };
 
 }  // namespace mobi

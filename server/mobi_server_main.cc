@@ -26,6 +26,12 @@ ABSL_FLAG(int, threads, 0, "CPU threads; 0: one per core.");
 ABSL_FLAG(std::string, listen, "0.0.0.0:50051", "Address for applications.");
 ABSL_FLAG(std::string, admin_listen, "127.0.0.1:50052", "Address for operators.");
 ABSL_FLAG(std::string, metrics_listen, "127.0.0.1:9400", "Address of /metrics.");
+ABSL_FLAG(std::string, tls_cert, "", "PEM file, chain of this server's certificate; turns TLS on.");
+ABSL_FLAG(std::string, tls_key, "", "PEM file of its key. TLS files are followed while serving.");
+ABSL_FLAG(std::string, tls_client_ca, "", "PEM file of the clients' authorities; turns mTLS on.");
+ABSL_FLAG(std::string, token_file, "",
+          "File of bearer tokens, by line: NAME SCOPES SHA256, scopes generate and admin; followed "
+          "while serving. Empty: no token is needed.");
 ABSL_FLAG(std::string, policy, "", "Policy file (YAML), followed while serving.");
 ABSL_FLAG(std::string, prometheus_url, "", "Prometheus server that promql signals are asked of.");
 ABSL_FLAG(std::string, surface, "", "What mobi-bench surface measured: step latency by bits.");
@@ -102,6 +108,9 @@ absl::StatusOr<ServerOptions> ServerOptionsFromFlags() {
   options.listen = absl::GetFlag(FLAGS_listen);
   options.admin_listen = absl::GetFlag(FLAGS_admin_listen);
   options.metrics_listen = absl::GetFlag(FLAGS_metrics_listen);
+  options.tls = {absl::GetFlag(FLAGS_tls_cert), absl::GetFlag(FLAGS_tls_key),
+                 absl::GetFlag(FLAGS_tls_client_ca)};
+  options.token_file = absl::GetFlag(FLAGS_token_file);
   options.drain_grace = Seconds(absl::GetFlag(FLAGS_drain_grace_s));
   return options;
 }
@@ -117,6 +126,12 @@ absl::StatusOr<LoadedPolicy> PolicyOfFlags() {
 absl::Status CheckFlags() {
   if (absl::GetFlag(FLAGS_model).empty()) {
     return absl::InvalidArgumentError("--model: needs a model folder, see --help");
+  }
+  if (absl::GetFlag(FLAGS_tls_cert).empty() != absl::GetFlag(FLAGS_tls_key).empty()) {
+    return absl::InvalidArgumentError("--tls_cert and --tls_key: one needs the other");
+  }
+  if (!absl::GetFlag(FLAGS_tls_client_ca).empty() && absl::GetFlag(FLAGS_tls_cert).empty()) {
+    return absl::InvalidArgumentError("--tls_client_ca: needs --tls_cert and --tls_key");
   }
   const std::pair<const char*, double> positive[] = {
       {"max_num_seqs", absl::GetFlag(FLAGS_max_num_seqs)},
@@ -177,7 +192,10 @@ void Announce(const ServedModel& model, const ServerOptions& options, double sec
                    : "float, one precision";
   std::printf("model    %s: %.1fM parameters, %s, context %d, %s\n", info.name.c_str(),
               static_cast<double>(info.num_parameters) * 1e-6, bits.c_str(),
-              model.engine->max_model_len(), model.chat_template ? "text and chat" : "text");
+              model.engine->max_model_len(), model.chat_template.ok() ? "text and chat" : "text");
+  if (!model.chat_template.ok()) {
+    std::printf("no chat  %s\n", std::string(model.chat_template.status().message()).c_str());
+  }
   std::printf("device   %s: %s\n", info.backend.c_str(), info.device.c_str());
   const int block_size = info.engine_options.block_size;
   const size_t kv_bytes =
@@ -188,6 +206,11 @@ void Announce(const ServedModel& model, const ServerOptions& options, double sec
               ToMiB(model.backend->memory().free));
   std::printf("ports    data %s, admin %s, metrics http://%s/metrics\n", options.listen.c_str(),
               options.admin_listen.c_str(), options.metrics_listen.c_str());
+  std::printf("access   %s, %s\n",
+              !options.tls.client_ca.empty() ? "mutual TLS"
+              : options.tls.enabled()        ? "TLS"
+                                             : "plain text",
+              options.token_file.empty() ? "no token needed" : "bearer tokens");
   const std::string mobictl = (std::filesystem::path(program).parent_path() / "mobictl").string();
   std::printf("ready after %.1f s. In another terminal:\n", seconds);
   std::printf("  %s generate \"Once upon a time\" --max-new-tokens 64\n", mobictl.c_str());

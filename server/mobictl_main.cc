@@ -28,6 +28,13 @@ using Optional = absl::optional<T>;
 
 ABSL_FLAG(std::string, server, "127.0.0.1:50051", "Address for generation.");
 ABSL_FLAG(std::string, admin, "127.0.0.1:50052", "Address for precision.");
+ABSL_FLAG(std::string, tls_ca, "", "PEM file of the server's authority; turns TLS on.");
+ABSL_FLAG(std::string, tls_cert, "", "PEM file of this client's certificate, for mTLS.");
+ABSL_FLAG(std::string, tls_key, "", "PEM file of its key.");
+ABSL_FLAG(std::string, tls_server_name, "",
+          "Name the certificate must have; empty: the address's.");
+ABSL_FLAG(std::string, token, "", "Bearer token; others on this machine may see it here.");
+ABSL_FLAG(std::string, token_file, "", "File that holds it.");
 ABSL_FLAG(bool, json, false, "One JSON object per message instead of text.");
 ABSL_FLAG(double, timeout_s, 0, "Deadline of the call; 0: none.");
 ABSL_FLAG(std::string, color, "auto", "auto, always or never: colour text by its bits.");
@@ -113,9 +120,25 @@ v1::GenerateRequest RequestFromFlags() {
   return request;
 }
 
+absl::StatusOr<ClientSecurity> SecurityFromFlags() {
+  return LoadClientSecurity({absl::GetFlag(FLAGS_tls_ca), absl::GetFlag(FLAGS_tls_cert),
+                             absl::GetFlag(FLAGS_tls_key), absl::GetFlag(FLAGS_tls_server_name),
+                             absl::GetFlag(FLAGS_token), absl::GetFlag(FLAGS_token_file)});
+}
+
+absl::StatusOr<std::unique_ptr<v1::Inference::Stub>> InferenceStub() {
+  MOBI_ASSIGN_OR_RETURN(const ClientSecurity security, SecurityFromFlags());
+  return v1::Inference::NewStub(Connect(absl::GetFlag(FLAGS_server), security));
+}
+
+absl::StatusOr<std::unique_ptr<v1::Precision::Stub>> PrecisionStub() {
+  MOBI_ASSIGN_OR_RETURN(const ClientSecurity security, SecurityFromFlags());
+  return v1::Precision::NewStub(Connect(absl::GetFlag(FLAGS_admin), security));
+}
+
 // Streams one generation to the terminal and returns the text of its first completion.
 absl::StatusOr<std::string> Stream(const v1::GenerateRequest& request) {
-  const auto stub = v1::Inference::NewStub(Connect(absl::GetFlag(FLAGS_server)));
+  MOBI_ASSIGN_OR_RETURN(const auto stub, InferenceStub());
   const bool json = absl::GetFlag(FLAGS_json);
   TextPrinter printer(UseColor(), request.has_n() ? request.n() : 1);
   const auto summary = Generate(*stub, request, Seconds(absl::GetFlag(FLAGS_timeout_s)),
@@ -166,7 +189,7 @@ absl::Status RunChat(const Arguments& arguments) {
 }
 
 absl::Status RunModels(const Arguments&) {
-  const auto stub = v1::Inference::NewStub(Connect(absl::GetFlag(FLAGS_server)));
+  MOBI_ASSIGN_OR_RETURN(const auto stub, InferenceStub());
   grpc::ClientContext context;
   SetDeadline(Seconds(absl::GetFlag(FLAGS_timeout_s)), context);
   v1::GetModelResponse model;
@@ -181,7 +204,7 @@ template <typename Request, typename Response>
 absl::Status CallAdmin(grpc::Status (v1::Precision::Stub::*method)(grpc::ClientContext*,
                                                                    const Request&, Response*),
                        const Request& request, Response& response) {
-  const auto stub = v1::Precision::NewStub(Connect(absl::GetFlag(FLAGS_admin)));
+  MOBI_ASSIGN_OR_RETURN(const auto stub, PrecisionStub());
   grpc::ClientContext context;
   SetDeadline(Seconds(absl::GetFlag(FLAGS_timeout_s)), context);
   return FromGrpcStatus((stub.get()->*method)(&context, request, &response));
@@ -200,7 +223,7 @@ absl::Status RunStatus(const Arguments&) {
 }
 
 absl::Status RunWatch(const Arguments&) {
-  const auto stub = v1::Precision::NewStub(Connect(absl::GetFlag(FLAGS_admin)));
+  MOBI_ASSIGN_OR_RETURN(const auto stub, PrecisionStub());
   grpc::ClientContext context;
   SetDeadline(Seconds(absl::GetFlag(FLAGS_timeout_s)), context);
   v1::WatchStatusRequest request;
@@ -289,8 +312,9 @@ absl::Status RunHealth(const Arguments& arguments) {
   if (arguments.size() > 1) return UsageError("health: takes one service at most");
   const std::string service = arguments.empty() ? "" : arguments[0];
   const double timeout = absl::GetFlag(FLAGS_timeout_s) > 0 ? absl::GetFlag(FLAGS_timeout_s) : 3;
-  MOBI_ASSIGN_OR_RETURN(const bool serving,
-                        CheckHealth(absl::GetFlag(FLAGS_server), service, Seconds(timeout)));
+  MOBI_ASSIGN_OR_RETURN(const ClientSecurity security, SecurityFromFlags());
+  MOBI_ASSIGN_OR_RETURN(const bool serving, CheckHealth(absl::GetFlag(FLAGS_server), service,
+                                                        Seconds(timeout), security));
   std::printf("%s\n", serving ? "serving" : "not serving");
   return serving ? absl::OkStatus() : absl::FailedPreconditionError("not serving");
 }

@@ -72,30 +72,36 @@ void FillLoad(const ControlStatus& status, v1::LoadStatus& out) {
 grpc::ServerUnaryReactor* PrecisionService::GetPolicy(grpc::CallbackServerContext* context,
                                                       const v1::GetPolicyRequest*,
                                                       v1::GetPolicyResponse* response) {
-  FillPolicy(services_.controller.policy(), *response);
-  return Answer(context, absl::OkStatus());
+  return Answer(context, [&] {
+    FillPolicy(services_.controller.policy(), *response);
+    return absl::OkStatus();
+  });
 }
 
 grpc::ServerUnaryReactor* PrecisionService::SetPolicy(grpc::CallbackServerContext* context,
                                                       const v1::SetPolicyRequest* request,
                                                       v1::GetPolicyResponse* response) {
-  const absl::Status status = DoSetPolicy(*request);
-  if (status.ok()) FillPolicy(services_.controller.policy(), *response);
-  return Answer(context, status);
+  return Answer(context, [&] {
+    absl::Status status = DoSetPolicy(*request);
+    if (status.ok()) FillPolicy(services_.controller.policy(), *response);
+    return status;
+  });
 }
 
 grpc::ServerUnaryReactor* PrecisionService::GetStatus(grpc::CallbackServerContext* context,
                                                       const v1::GetStatusRequest*,
                                                       v1::PrecisionStatus* response) {
-  *response = Status();
-  return Answer(context, absl::OkStatus());
+  return Answer(context, [&] {
+    *response = Status();
+    return absl::OkStatus();
+  });
 }
 
 grpc::ServerWriteReactor<v1::PrecisionStatus>* PrecisionService::WatchStatus(
-    grpc::CallbackServerContext*, const v1::WatchStatusRequest* request) {
+    grpc::CallbackServerContext* context, const v1::WatchStatusRequest* request) {
   Duration interval = std::chrono::seconds(1);
-  absl::Status status;
-  if (request->has_interval()) {
+  absl::Status status = services_.access.Check(*context, Scope::kAdmin);
+  if (status.ok() && request->has_interval()) {
     const auto asked = DurationOf("interval", request->interval(), std::chrono::milliseconds(100),
                                   std::chrono::minutes(1));
     status = asked.status();
@@ -114,15 +120,17 @@ grpc::ServerWriteReactor<v1::PrecisionStatus>* PrecisionService::WatchStatus(
 grpc::ServerUnaryReactor* PrecisionService::Override(grpc::CallbackServerContext* context,
                                                      const v1::OverrideRequest* request,
                                                      v1::PrecisionStatus* response) {
-  const absl::Status status = DoOverride(*request);
-  if (status.ok()) *response = Status();
-  return Answer(context, status);
+  return Answer(context, [&] {
+    absl::Status status = DoOverride(*request);
+    if (status.ok()) *response = Status();
+    return status;
+  });
 }
 
 grpc::ServerUnaryReactor* PrecisionService::Drain(grpc::CallbackServerContext* context,
                                                   const v1::DrainRequest* request,
                                                   v1::DrainResponse* response) {
-  return Answer(context, DoDrain(*request, *response));
+  return Answer(context, [&] { return DoDrain(*request, *response); });
 }
 
 v1::PrecisionStatus PrecisionService::Status() const {
@@ -207,7 +215,9 @@ absl::Status PrecisionService::DoDrain(const v1::DrainRequest& request,
 }
 
 grpc::ServerUnaryReactor* PrecisionService::Answer(grpc::CallbackServerContext* context,
-                                                   const absl::Status& status) const {
+                                                   absl::FunctionRef<absl::Status()> work) const {
+  absl::Status status = services_.access.Check(*context, Scope::kAdmin);
+  if (status.ok()) status = work();
   services_.metrics.RequestEnded(Method::kPrecision, status.code());
   grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
   reactor->Finish(ToGrpcStatus(status));

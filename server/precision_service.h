@@ -3,9 +3,11 @@
 #ifndef MOBI_SERVER_PRECISION_SERVICE_H_
 #define MOBI_SERVER_PRECISION_SERVICE_H_
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "engine/base/clock.h"
 #include "mobi/v1/precision.grpc.pb.h"
+#include "server/access_control.h"
 #include "server/call_registry.h"
 #include "server/controller.h"
 #include "server/metrics.h"
@@ -14,6 +16,7 @@
 namespace mobi {
 
 struct PrecisionServices {
+  const AccessControl& access;
   Controller& controller;
   ServingState& state;
   const CallRegistry& registry;
@@ -50,8 +53,9 @@ class PrecisionService final : public v1::Precision::CallbackService {
   absl::Status DoSetPolicy(const v1::SetPolicyRequest& request);
   absl::Status DoOverride(const v1::OverrideRequest& request);
   absl::Status DoDrain(const v1::DrainRequest& request, v1::DrainResponse& response);
+  // Runs `work` if the caller may call, and finishes with its status.
   grpc::ServerUnaryReactor* Answer(grpc::CallbackServerContext* context,
-                                   const absl::Status& status) const;
+                                   absl::FunctionRef<absl::Status()> work) const;
 
   const PrecisionServices services_;
 };

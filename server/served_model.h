@@ -4,9 +4,9 @@
 #define MOBI_SERVER_SERVED_MODEL_H_
 
 #include <memory>
-#include <optional>
 #include <string>
 
+#include "absl/status/statusor.h"
 #include "engine/chat_template.h"
 #include "engine/engine.h"
 #include "engine/model.h"
@@ -31,7 +31,8 @@ struct ModelInfo {
 struct ServedModel {
   ModelInfo info;
   std::unique_ptr<Tokenizer> tokenizer;
-  std::optional<ChatTemplate> chat_template;
+  // FAILED_PRECONDITION or INVALID_ARGUMENT: why chats are refused.
+  absl::StatusOr<ChatTemplate> chat_template = absl::FailedPreconditionError("no chat template");
   std::unique_ptr<Backend> backend;
   std::unique_ptr<Model> model;
   std::unique_ptr<Engine> engine;

@@ -41,7 +41,8 @@ void EnableTransportPlugins() {
   grpc::channelz::experimental::InitChannelzService();
 }
 
-void Harden(const TransportLimits& limits, PortKind kind, grpc::ServerBuilder& builder) {
+void Harden(const TransportLimits& limits, PortKind kind, bool tokens,
+            grpc::ServerBuilder& builder) {
   grpc::ResourceQuota quota(kind == PortKind::kData ? "data" : "admin");
   quota.Resize(limits.memory_quota_bytes);
   quota.SetMaxThreads(kMaxSyncThreads);
@@ -66,9 +67,10 @@ void Harden(const TransportLimits& limits, PortKind kind, grpc::ServerBuilder& b
   // Two servers on one port would share its connections by chance.
   builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
   builder.AddChannelArgument(GRPC_ARG_ENABLE_CHANNELZ, kind == PortKind::kAdmin ? 1 : 0);
-  if (kind == PortKind::kData) {
+  if (kind == PortKind::kData || tokens) {
     builder.SetOption(std::make_unique<WithoutPlugin>("channelz_service"));
   }
+  if (tokens) builder.SetOption(std::make_unique<WithoutPlugin>("proto_server_reflection"));
 }
 
 }  // namespace mobi

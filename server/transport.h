@@ -13,7 +13,10 @@ enum class PortKind { kData, kAdmin };
 // afterwards; call it once per process before the first of them.
 void EnableTransportPlugins();
 
-void Harden(const TransportLimits& limits, PortKind kind, grpc::ServerBuilder& builder);
+// `tokens`: callers need one. Reflection and channelz, which are the library's and ask for none,
+// are then left out; health stays open.
+void Harden(const TransportLimits& limits, PortKind kind, bool tokens,
+            grpc::ServerBuilder& builder);
 
 }  // namespace mobi
 

@@ -1,12 +1,14 @@
 #include "server/generate_call.h"
 
 #include <atomic>
+#include <fstream>
 #include <random>
 #include <thread>
 
 #include "absl/strings/str_cat.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "nlohmann/json.hpp"
 #include "server/rpc_status.h"
 #include "tests/server/server_fixture.h"
 
@@ -99,6 +101,40 @@ TEST(GenerateCall, RandomBytesStayUtf8) {
   ASSERT_TRUE(result.status.ok()) << result.status;
   EXPECT_EQ(result.token_ids[0], ids);
   EXPECT_EQ(result.text[0], TestTokenizer().Decode(ids, true));
+}
+
+// A Llama-2-style decoder: the first word's space belongs to a text that goes on, not to an answer.
+TEST(GenerateCall, OnlyTextIsContinuedWithItsSpace) {
+  using nlohmann::json;
+  const std::string testdata = std::string(MOBI_SOURCE_DIR) + "/tests/testdata/";
+  const json chats = json::parse(std::ifstream(testdata + "chat_goldens.json"));
+  json config = {{"bos_token", "<s>"}, {"eos_token", "</s>"}};
+  for (const json& family : chats["families"]) {
+    if (family["name"] == "llama2") config["chat_template"] = family["template"];
+  }
+  const json vocabulary = json::parse(std::ifstream(testdata + "tokenizer_llama2.json"));
+  auto tokenizer =
+      Tokenizer::Parse(vocabulary.dump(), "tokenizer.json", config.dump(), "tokenizer_config.json");
+  ASSERT_TRUE(tokenizer.ok()) << tokenizer.status();
+  const auto words = (*tokenizer)->Encode("the said", {.add_special_tokens = false});
+  ASSERT_TRUE(words.ok());
+  TestServer server(ScriptedModel({.script = [&](const GenerationRequest&, int) { return *words; }},
+                                  *std::move(tokenizer)));
+  const auto stub = server.Client();
+  const int length = static_cast<int>(words->size());
+  EXPECT_EQ(Collect(*stub, TextRequest("hello", length)).text[0], " the said");
+  v1::GenerateRequest chat;
+  chat.set_max_new_tokens(length);
+  auto& message = *chat.mutable_chat()->add_messages();
+  message.set_role("user");
+  message.set_content("hello");
+  const Collected answer = Collect(*stub, chat);
+  EXPECT_TRUE(answer.status.ok()) << answer.status;
+  EXPECT_EQ(answer.text[0], "the said");
+  v1::GenerateRequest ids;
+  ids.set_max_new_tokens(length);
+  ids.mutable_token_ids()->add_ids(1);
+  EXPECT_EQ(Collect(*stub, ids).text[0], "the said");
 }
 
 TEST(GenerateCall, StopStringsSplitOverTokensNeverLeak) {

@@ -72,7 +72,8 @@ TEST_F(GenerateRequestTest, EveryFieldHasItsOwnRefusal) {
       {"n", "5 is out of range", [](R& r) { r.set_n(5); }},
       {"logprobs", "21 is out of range [0, 20]", [](R& r) { r.set_logprobs(21); }},
       {"logprobs", "-1 is out of range", [](R& r) { r.set_logprobs(-1); }},
-      {"prompt_logprobs", "1 is out of range [0, 0]", [](R& r) { r.set_prompt_logprobs(1); }},
+      {"prompt_logprobs", "21 is out of range [0, 20]", [](R& r) { r.set_prompt_logprobs(21); }},
+      {"prompt_logprobs", "-1 is out of range", [](R& r) { r.set_prompt_logprobs(-1); }},
       {"priority_class", "no class \"gold\"", [](R& r) { r.set_priority_class("gold"); }},
       {"stop", "9 strings, at most 8",
        [](R& r) {
@@ -202,6 +203,21 @@ TEST_F(GenerateRequestTest, ScoringMayFillTheContext) {
               HasSubstr("token_ids: 101 tokens, at most 100 fit"));
 }
 
+TEST_F(GenerateRequestTest, ScoresOfAPromptHaveALimit) {
+  limits_.max_prompt_scores = 100;
+  v1::GenerateRequest request;
+  for (int i = 0; i < 50; ++i) request.mutable_token_ids()->add_ids(i);
+  request.set_max_new_tokens(0);
+  request.set_prompt_logprobs(1);
+  const auto parsed = Parse(request);
+  ASSERT_TRUE(parsed.ok()) << parsed.status();
+  EXPECT_TRUE(parsed->engine.prompt_logprobs);
+  EXPECT_EQ(parsed->engine.prompt_top_logprobs, 1);
+  request.mutable_token_ids()->add_ids(1);
+  EXPECT_THAT(std::string(Parse(request).status().message()),
+              HasSubstr("prompt_logprobs: 2 for each of 51 prompt tokens, at most 100 in all"));
+}
+
 TEST_F(GenerateRequestTest, PrecisionFollowsClassAndPolicy) {
   const auto band = [&](const char* name, std::optional<float> min, std::optional<float> max,
                         std::optional<float> pinned) {
@@ -244,12 +260,12 @@ TEST_F(GenerateRequestTest, WhatPolicyOrModelForbidIsAPrecondition) {
 }
 
 TEST_F(GenerateRequestTest, ChatNeedsATemplate) {
-  model_->chat_template.reset();
+  model_->chat_template = absl::FailedPreconditionError("the model has no chat template");
   v1::GenerateRequest request;
   request.mutable_chat()->add_messages()->set_role("user");
   const absl::Status status = Parse(request).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
-  EXPECT_THAT(std::string(status.message()), HasSubstr("no chat template"));
+  EXPECT_THAT(std::string(status.message()), HasSubstr("chat: the model has no chat template"));
 }
 
 TEST_F(GenerateRequestTest, LogitBiasIsInOneOrder) {

@@ -47,12 +47,11 @@ ScriptedEngine::Script Says(const std::string& text, bool bytes) {
   return [tokens = TokensOf(text, bytes)](const GenerationRequest&, int) { return tokens; };
 }
 
-std::unique_ptr<ServedModel> ScriptedModel(ScriptedEngine::Options options) {
+std::unique_ptr<ServedModel> ScriptedModel(ScriptedEngine::Options options,
+                                           std::unique_ptr<Tokenizer> tokenizer) {
   auto model = std::make_unique<ServedModel>();
-  model->tokenizer = NewTestTokenizer();
-  auto chat = ChatTemplate::Create(*model->tokenizer);
-  EXPECT_TRUE(chat.ok()) << chat.status();
-  model->chat_template.emplace(*std::move(chat));
+  model->tokenizer = tokenizer == nullptr ? NewTestTokenizer() : std::move(tokenizer);
+  model->chat_template = ChatTemplate::Create(*model->tokenizer);
   model->info.name = "scripted";
   model->info.backend = "scripted";
   model->info.config.vocab_size = model->tokenizer->vocab_size();
@@ -70,6 +69,7 @@ ServerOptions TestServerOptions() {
   options.drain_grace = std::chrono::seconds(5);
   options.housekeeping_interval = std::chrono::milliseconds(20);
   options.controller.interval = std::chrono::milliseconds(10);
+  options.access_interval = std::chrono::milliseconds(20);
   return options;
 }
 

@@ -27,8 +27,10 @@ std::vector<int32_t> TokensOf(const std::string& text, bool bytes = false);
 // Says this text, then ends.
 ScriptedEngine::Script Says(const std::string& text, bool bytes = false);
 
-// A model whose engine is scripted; tokenizer, chat template and limits are real.
-std::unique_ptr<ServedModel> ScriptedModel(ScriptedEngine::Options options);
+// A model whose engine is scripted; tokenizer (the test models' unless given), chat template and
+// limits are real.
+std::unique_ptr<ServedModel> ScriptedModel(ScriptedEngine::Options options,
+                                           std::unique_ptr<Tokenizer> tokenizer = nullptr);
 
 // Ports are free ones; limits are for tests: short times.
 ServerOptions TestServerOptions();
