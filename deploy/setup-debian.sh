@@ -8,7 +8,7 @@ packages=(
   prometheus-cpp-dev libyaml-cpp-dev nlohmann-json3-dev libpcre2-dev libutf8proc-dev libhwy-dev
   libcurl4-openssl-dev libxxhash-dev libssl-dev libopenblas-dev liblapacke-dev
   libgtest-dev libgmock-dev libbenchmark-dev clang-format clang-tidy python3 tzdata
-  python3-yaml python3-venv golang-go golang-github-masterminds-sprig-dev
+  python3-yaml python3-venv python3-grpcio python3-protobuf openssl golang-go golang-github-masterminds-sprig-dev
   golang-k8s-sigs-yaml-dev golang-github-gobwas-glob-dev
 )
 # Tests run these by themselves. Their packages start services, so they are left out, and the tests
