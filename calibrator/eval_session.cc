@@ -31,7 +31,10 @@ absl::StatusOr<std::unique_ptr<EvalSession>> EvalSession::Open(const EvalSession
   engine.max_num_batched_tokens = std::max(engine.max_num_batched_tokens, options.in_flight);
   engine.max_model_len = max_tokens;
   engine.num_kv_blocks = options.in_flight * (max_tokens / engine.block_size + 2);
-  engine.max_queue_wait = std::chrono::hours(24);
+  // Nobody waits for an answer here: all that is submitted is served, however long it takes.
+  engine.max_queue_wait = engine.max_expected_wait = std::chrono::hours(24);
+  engine.max_waiting_tokens = std::max(engine.max_waiting_tokens, options.in_flight * max_tokens);
+  engine.max_decode_slowdown = 1;
   MOBI_ASSIGN_OR_RETURN(session->engine_, Engine::Create(engine, *session->model_,
                                                          session->checkpoint_, backend, clock));
   return session;
