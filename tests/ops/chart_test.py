@@ -42,6 +42,7 @@ ALL_ON = {
     "affinity": {"nodeAffinity": {}}, "service": {"annotations": {"x": "y"}},
     "serviceAccount": {"annotations": {"iam": "role"}},
 }
+TLS = {"secretName": "tls"}
 NOTHING_ON = {
     "policy": {"enabled": False}, "headlessService": {"enabled": False},
     "serviceAccount": {"create": False}, "podDisruptionBudget": {"enabled": False},
@@ -60,7 +61,14 @@ MATRIX = {  # name: (values file or none, values)
     "init-container": (None, {"checkpoint": {"source": "init", "init": {
         "image": "amazon/aws-cli:2", "args": ["s3", "sync", "s3://models/llama", "/checkpoint"],
         "envFrom": [{"secretRef": {"name": "aws"}}], "resources": {"limits": {"memory": "1Gi"}}}}}),
+    "tls": (None, {"tls": TLS}),
+    "mtls": (None, {"tls": {**TLS, "clientCaKey": "ca.crt", "probe": {"serverName": "mobi"}},
+                    "tokens": {"secretName": "tokens"}}),
+    "tokens": (None, {"tokens": {"secretName": "tokens"}, "env": [{"name": "TZ", "value": "UTC"}],
+                      "tls": TLS, "test": {"tokenSecretName": "token"}}),
     "front": (None, {"front": {"enabled": True}}),
+    "front-tls": (None, {"front": {"enabled": True}, "tls": {**TLS, "clientCaKey": "ca.crt"},
+                         "inferencePool": {"enabled": True, "endpointPicker": {"name": "p"}}}),
     "own-policy": (None, {"policy": {"existingConfigMap": "mine"},
                           "fullnameOverride": "x" * 70, "image": {"digest": "sha256:" + "0" * 64}}),
 }
