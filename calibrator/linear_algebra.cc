@@ -8,8 +8,8 @@
 #include <string>
 
 #include "absl/strings/str_format.h"
-#include "calibrator/cublas_products.h"
 #include "engine/base/status_macros.h"
+#include "kernels/device_products.h"
 
 namespace mobi {
 namespace {
@@ -17,18 +17,18 @@ namespace {
 int Int(int64_t value) { return static_cast<int>(value); }
 
 // Where large products are made, when not by BLAS; chosen once for the process, as BLAS' threads.
-std::unique_ptr<CublasProducts>& Device() {
-  static std::unique_ptr<CublasProducts> device;
+std::unique_ptr<DeviceProducts>& Device() {
+  static std::unique_ptr<DeviceProducts> device;
   return device;
 }
 
 // True when the product was made on the device.
 bool OnDevice(ConstMatrixView a, bool transpose_a, ConstMatrixView b, bool transpose_b, float alpha,
               float beta, MatrixView out) {
-  CublasProducts* device = Device().get();
+  DeviceProducts* device = Device().get();
   const int64_t m = transpose_a ? a.cols : a.rows, k = transpose_a ? a.rows : a.cols;
   const int64_t n = transpose_b ? b.rows : b.cols;
-  if (device == nullptr || !CublasProducts::IsWorthIt(m, n, k)) return false;
+  if (device == nullptr || !DeviceProducts::IsWorthIt(m, n, k)) return false;
   device->Multiply({a.data, a.rows, a.cols, a.stride, transpose_a},
                    {b.data, b.rows, b.cols, b.stride, transpose_b}, alpha, beta, out.data, m, n, k,
                    out.stride);
@@ -77,7 +77,7 @@ absl::Status UseDevice(std::string_view device) {
         absl::StrFormat("device \"%s\" is not cpu or cuda", std::string(device)));
   }
   std::string error;
-  Device() = CublasProducts::Create(error);
+  Device() = DeviceProducts::Create(error);
   if (Device() == nullptr) return absl::UnavailableError("no device cuda: " + error);
   return absl::OkStatus();
 }

@@ -1,7 +1,7 @@
 // The dense linear algebra that calibration needs, over BLAS and LAPACK: products, Gram matrices,
 // factors of symmetric positive definite matrices. One place, so that another library can stand
-// behind it: cuBLAS does for large products (cublas_products.h). Thread-safe; large calls use the
-// threads of SetBlasThreads.
+// behind it: cuBLAS does for large products (kernels/device_products.h). Thread-safe; large calls
+// use the threads of SetBlasThreads.
 #ifndef MOBI_CALIBRATOR_LINEAR_ALGEBRA_H_
 #define MOBI_CALIBRATOR_LINEAR_ALGEBRA_H_
 

@@ -1,34 +1,14 @@
-#include "calibrator/cublas_products.h"
+#include <cublas_v2.h>
+#include <cuda_runtime.h>
 
 #include <array>
 #include <cstdio>
 #include <cstdlib>
 #include <utility>
 
-#ifdef MOBI_WITH_CUDA
-#include <cublas_v2.h>
-#include <cuda_runtime.h>
-#endif
+#include "kernels/device_products.h"
 
 namespace mobi {
-
-#ifndef MOBI_WITH_CUDA
-
-struct CublasProducts::Lane {};
-CublasProducts::CublasProducts() = default;
-CublasProducts::~CublasProducts() = default;
-
-std::unique_ptr<CublasProducts> CublasProducts::Create(std::string& error) {
-  error = "this program was built without CUDA";
-  return nullptr;
-}
-
-void CublasProducts::Multiply(const Operand&, const Operand&, float, float, float*, int64_t,
-                              int64_t, int64_t, int64_t) {
-  std::abort();  // nobody has an instance
-}
-
-#else
 
 namespace {
 
@@ -46,7 +26,7 @@ void Check(cublasStatus_t status) {
 
 }  // namespace
 
-struct CublasProducts::Lane {
+struct DeviceProducts::Lane {
   Lane() {
     Check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
     Check(cublasCreate(&handle));
@@ -90,20 +70,20 @@ struct CublasProducts::Lane {
   std::array<Memory, 3> memory;
 };
 
-CublasProducts::CublasProducts() = default;
-CublasProducts::~CublasProducts() = default;
+DeviceProducts::DeviceProducts() = default;
+DeviceProducts::~DeviceProducts() = default;
 
-std::unique_ptr<CublasProducts> CublasProducts::Create(std::string& error) {
+std::unique_ptr<DeviceProducts> DeviceProducts::Create(std::string& error) {
   int devices = 0;
   const cudaError_t found = cudaGetDeviceCount(&devices);
   if (found != cudaSuccess || devices == 0) {
     error = found != cudaSuccess ? cudaGetErrorString(found) : "no CUDA device";
     return nullptr;
   }
-  return std::unique_ptr<CublasProducts>(new CublasProducts);
+  return std::unique_ptr<DeviceProducts>(new DeviceProducts);
 }
 
-std::unique_ptr<CublasProducts::Lane> CublasProducts::Take() {
+std::unique_ptr<DeviceProducts::Lane> DeviceProducts::Take() {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (!idle_.empty()) {
@@ -115,13 +95,13 @@ std::unique_ptr<CublasProducts::Lane> CublasProducts::Take() {
   return std::make_unique<Lane>();
 }
 
-void CublasProducts::GiveBack(std::unique_ptr<Lane> lane) {
+void DeviceProducts::GiveBack(std::unique_ptr<Lane> lane) {
   const std::lock_guard<std::mutex> lock(mutex_);
   idle_.push_back(std::move(lane));
 }
 
 // cuBLAS counts columns first: it is asked for the transpose, out^T = op(b)^T op(a)^T.
-void CublasProducts::Multiply(const Operand& a, const Operand& b, float alpha, float beta,
+void DeviceProducts::Multiply(const Operand& a, const Operand& b, float alpha, float beta,
                               float* out, int64_t m, int64_t n, int64_t k, int64_t out_stride) {
   std::unique_ptr<Lane> lane = Take();
   const float* device_a = lane->Upload(0, a.data, a.rows, a.cols, a.stride);
@@ -135,7 +115,5 @@ void CublasProducts::Multiply(const Operand& a, const Operand& b, float alpha, f
   Check(cudaStreamSynchronize(lane->stream));
   GiveBack(std::move(lane));
 }
-
-#endif  // MOBI_WITH_CUDA
 
 }  // namespace mobi

@@ -1,9 +1,9 @@
 // Matrix products of host memory on a CUDA device: operands go up, cuBLAS multiplies in fp32, the
 // result comes back. Calls from several threads run side by side, each on a stream of its own.
-// Stands behind linear_algebra.h when a device was chosen; worth it where a product does much work
-// for every byte it moves. Compiled only where CUDA is.
-#ifndef MOBI_CALIBRATOR_CUBLAS_PRODUCTS_H_
-#define MOBI_CALIBRATOR_CUBLAS_PRODUCTS_H_
+// Beside the backend: for offline work whose matrices stay on the host
+// (calibrator/linear_algebra.h); worth it where a product does much work for every byte it moves.
+#ifndef MOBI_KERNELS_DEVICE_PRODUCTS_H_
+#define MOBI_KERNELS_DEVICE_PRODUCTS_H_
 
 #include <cstdint>
 #include <memory>
@@ -13,7 +13,7 @@
 
 namespace mobi {
 
-class CublasProducts {
+class DeviceProducts {
  public:
   // A row-major operand in host memory, [rows, cols] as it is stored.
   struct Operand {
@@ -23,8 +23,8 @@ class CublasProducts {
   };
 
   // nullptr and a reason when there is no usable device.
-  static std::unique_ptr<CublasProducts> Create(std::string& error);
-  ~CublasProducts();
+  static std::unique_ptr<DeviceProducts> Create(std::string& error);
+  ~DeviceProducts();
 
   // out [m, n] = alpha op(a) op(b) + beta out. A device error aborts: nothing can go on without it.
   void Multiply(const Operand& a, const Operand& b, float alpha, float beta, float* out, int64_t m,
@@ -35,7 +35,7 @@ class CublasProducts {
 
  private:
   struct Lane;  // a stream, a cuBLAS handle and device memory
-  CublasProducts();
+  DeviceProducts();
   std::unique_ptr<Lane> Take();
   void GiveBack(std::unique_ptr<Lane> lane);
 
@@ -45,4 +45,4 @@ class CublasProducts {
 
 }  // namespace mobi
 
-#endif  // MOBI_CALIBRATOR_CUBLAS_PRODUCTS_H_
+#endif  // MOBI_KERNELS_DEVICE_PRODUCTS_H_
