@@ -20,6 +20,7 @@ std::vector<float> MeanSquares(ConstMatrixView x) {
     for (int64_t j = 0; j < x.cols; ++j) sums[j] += x.Row(t)[j] * x.Row(t)[j];
   }
   std::vector<float> means;
+  means.reserve(sums.size());
   for (const double sum : sums)
     means.push_back(static_cast<float>(sum / static_cast<double>(x.rows)));
   return means;

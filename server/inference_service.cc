@@ -45,6 +45,7 @@ class InferenceCall final : public GenerateCall,
 
   void OnWriteDone(bool ok) override { Written(ok); }
   void OnCancel() override { Cancelled(); }
+  using GenerateCall::OnDone;  // the engine's, beside gRPC's
   void OnDone() override { Gone(); }
 
  protected:

@@ -45,6 +45,7 @@ class VllmCall final : public GenerateCall,
     }
   }
   void OnCancel() override { Cancelled(); }
+  using GenerateCall::OnDone;  // the engine's, beside gRPC's
   void OnDone() override { Gone(); }
 
  protected:

@@ -53,7 +53,7 @@ class ElasticServerTest : public ::testing::Test {
     load.verify_manifest = false;
     load.engine.max_num_seqs = max_num_seqs;
     // A busy machine is slow; nothing here is to be refused for a long wait.
-    load.engine.max_queue_wait = std::chrono::minutes(5);
+    load.engine.max_queue_wait = load.engine.max_expected_wait = std::chrono::minutes(5);
     auto opened = OpenModel(load);
     ASSERT_TRUE(opened.ok()) << opened.status();
     auto model = LoadModel(load, *std::move(opened), clock_, nullptr);
