@@ -29,7 +29,7 @@ class Load {
         for (int round = 0; !stop_; ++round) {
           v1::GenerateRequest request = TextRequest(absl::StrCat("Once ", i, " ", round), 60);
           request.set_ignore_eos(true);
-          const absl::Status status = Collect(*stub, request).status;
+          const absl::Status status = Collect(*stub, request, WaitForReady).status;
           EXPECT_TRUE(status.ok()) << status;
         }
       });

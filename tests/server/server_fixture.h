@@ -80,6 +80,9 @@ struct Collected {
 };
 
 using ContextSetup = std::function<void(grpc::ClientContext&)>;
+// For many connections at once: gRPC 1.51 now and then takes a connection under way for a failed
+// one, because it looks at errno after calls that may change it.
+inline void WaitForReady(grpc::ClientContext& context) { context.set_wait_for_ready(true); }
 Collected Collect(v1::Inference::Stub& stub, const v1::GenerateRequest& request,
                   const ContextSetup& setup = {});
 
