@@ -9,41 +9,16 @@ import argparse
 import json
 import pathlib
 import random
-import signal
-import socket
 import statistics
 import subprocess
+import sys
 import threading
 import time
 
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
+from server_process import Server  # noqa: E402
+
 SCALE_BITS = 0.25  # what the scales of a level add to loaded bits
-
-
-def free_ports(count):
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return [f"127.0.0.1:{port}" for port in ports]
-
-
-class Server:
-    def __init__(self, bin_dir, model, flags):
-        self.bin = pathlib.Path(bin_dir)
-        self.data, self.admin, self.metrics = free_ports(3)
-        self.process = subprocess.Popen(
-            [self.bin / "mobi-server", "--model", model, "--listen", self.data,
-             "--admin_listen", self.admin, "--metrics_listen", self.metrics, *flags],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        while "generate" not in (line := self.process.stdout.readline()):
-            assert line, "the server ended before it was ready"
-
-    def ctl(self, *arguments):
-        return [self.bin / "mobictl", "--server", self.data, "--admin", self.admin, *arguments]
-
-    def stop(self):
-        self.process.send_signal(signal.SIGTERM)
-        self.process.wait(60)
 
 
 class Load:
@@ -110,7 +85,7 @@ def main():
     words = text.split()
     prompts = [" ".join(words[i:i + 60]) for i in range(0, min(len(words) - 60, 60_000), 60)]
     flags = ["--coherent_decode"] if options.coherent else []
-    server = Server(options.bin_dir, options.model, flags)
+    server = Server(options.bin_dir, *flags, model=options.model)
     load = Load(server, prompts, options.clients, options.new_tokens)
     try:
         time.sleep(5)

@@ -16,11 +16,12 @@ import collections
 import csv
 import json
 import pathlib
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
+
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
+from server_process import Server  # noqa: E402
 
 CLASSES = "classes: {premium: {floor_bits: %g}, standard: {floor_bits: %g}}\n"
 
@@ -37,33 +38,18 @@ def elastic_policy(args):
             f"signals: [{{kind: queue_depth, reference: {args.queue_reference:g}}}]\n")
 
 
-def free_address():
-    with socket.create_server(("127.0.0.1", 0)) as s:
-        return f"127.0.0.1:{s.getsockname()[1]}"
-
-
-class Server:
-    def __init__(self, args, folder, name, policy, flags=()):
-        self.name, self.address, self.admin = name, free_address(), free_address()
+class Arm(Server):
+    def __init__(self, args, folder, name, policy, *flags):
+        self.name = name
         path = folder / f"{name.replace(' ', '-')}.yaml"
         path.write_text(policy)
-        self.process = subprocess.Popen(
-            [args.bin_dir / "mobi-server", "--model", args.model_dir, "--listen", self.address,
-             "--admin_listen", self.admin, "--metrics_listen", "", "--policy", path, *flags,
-             *args.server_flag], stdout=subprocess.PIPE, text=True)
-        for line in self.process.stdout:
-            if "ready after" in line:
-                return
-        sys.exit(f"{name}: the server ended before it was ready")
-
-    def stop(self):
-        self.process.send_signal(signal.SIGTERM)
-        self.process.wait(60)
+        super().__init__(args.bin_dir, "--metrics_listen", "", "--policy", path, *flags,
+                         *args.server_flag, model=args.model_dir)
 
 
 def replay(args, server, begin, duration, compression, out=None):
     """One segment; its report, and the CSV rows of its requests."""
-    command = [args.bin_dir / "mobi-load", "--server", server.address, "--admin", server.admin,
+    command = [args.bin_dir / "mobi-load", "--server", server.data, "--admin", server.admin,
                "--json", "--trace", args.trace, "--trace_begin_s", f"{begin:.3f}",
                "--trace_duration_s", f"{duration:.3f}", "--time_compression", f"{compression:.4f}",
                "--token_scale", f"{args.token_scale:g}", "--slo_ttft_ms", f"{args.slo_ttft_ms:g}",
@@ -177,12 +163,12 @@ def main():
     args = arguments()
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
-        servers = [Server(args, folder, "static 8", static_policy(8)),
-                   Server(args, folder, "static 4", static_policy(4)),
-                   Server(args, folder, "elastic", elastic_policy(args))]
+        servers = [Arm(args, folder, "static 8", static_policy(8)),
+                   Arm(args, folder, "static 4", static_policy(4)),
+                   Arm(args, folder, "elastic", elastic_policy(args))]
         if args.surface:
-            servers.append(Server(args, folder, "elastic with surface", elastic_policy(args),
-                                  ["--surface", args.surface]))
+            servers.append(Arm(args, folder, "elastic with surface", elastic_policy(args),
+                               "--surface", args.surface))
         try:
             compression = args.compression
             if not compression:

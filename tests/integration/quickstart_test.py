@@ -6,48 +6,14 @@ usage: quickstart_test.py BIN_DIR MODEL_DIR
 import json
 import pathlib
 import re
-import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
+
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
+from server_process import Server  # noqa: E402
 
 BIN, MODEL = pathlib.Path(sys.argv[1]), sys.argv[2]
-
-
-def free_ports(count):
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
-
-
-class Server:
-    def __init__(self):
-        self.data, self.admin, self.metrics = (f"127.0.0.1:{p}" for p in free_ports(3))
-        self.process = subprocess.Popen(
-            [BIN / "mobi-server", "--model", MODEL, "--listen", self.data,
-             "--admin_listen", self.admin, "--metrics_listen", self.metrics],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        self.greeting = ""
-        while "generate" not in self.greeting:
-            line = self.process.stdout.readline()
-            assert line, f"the server ended before it was ready: {self.greeting}"
-            self.greeting += line
-
-    def ctl(self, *arguments):
-        return [BIN / "mobictl", "--server", self.data, "--admin", self.admin, *arguments]
-
-    def run(self, *arguments):
-        done = subprocess.run(self.ctl(*arguments), capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, f"{arguments}: {done.returncode} {done.stderr}"
-        return done
-
-    def stop(self):
-        self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(60) == 0, "SIGTERM must end the server with 0"
 
 
 def check_greeting(server):
@@ -97,8 +63,7 @@ def check_bits_change_in_a_stream(server):
 
 
 def check_metrics(server):
-    with urllib.request.urlopen(f"http://{server.metrics}/metrics", timeout=10) as reply:
-        text = reply.read().decode()
+    text = server.scrape()
     for name in ("vllm:generation_tokens_total", "vllm:time_to_first_token_seconds_count",
                  "mobi_effective_bits", "mobi_target_bits"):
         assert re.search(rf"^{name}\b.* [0-9.e+-]+$", text, re.M), f"/metrics lacks {name}"
@@ -113,7 +78,7 @@ def check_bad_model():
 
 def main():
     check_bad_model()
-    server = Server()
+    server = Server(BIN, model=MODEL)
     try:
         check_greeting(server)
         check_generate(server)

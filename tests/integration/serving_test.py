@@ -7,54 +7,26 @@ import hashlib
 import json
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
+from server_process import Server, free_address, wait_until  # noqa: E402
+
 BIN, MODEL, SOURCE = pathlib.Path(sys.argv[1]), sys.argv[2], pathlib.Path(sys.argv[3])
 ROUNDS = 5  # of SIGTERM under load
 
 
-def free_address():
-    with socket.create_server(("127.0.0.1", 0)) as s:
-        return f"127.0.0.1:{s.getsockname()[1]}"
+def start(*flags, client=()):
+    """Without the metrics port, whose library takes two seconds to stop."""
+    return Server(BIN, "--metrics_listen", "", *flags, model=MODEL, client=client)
 
 
-class Server:
-    def __init__(self, *flags, client=()):
-        self.client = client  # flags of its clients
-        self.data, self.admin = free_address(), free_address()
-        self.process = subprocess.Popen(
-            [BIN / "mobi-server", "--model", MODEL, "--listen", self.data, "--admin_listen",
-             self.admin, "--metrics_listen", "", *flags],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        greeting = ""
-        while "mobictl" not in greeting:
-            line = self.process.stdout.readline()
-            assert line, f"the server ended before it was ready: {greeting}"
-            greeting += line
-
-    def ctl(self, *arguments, timeout=120):
-        return subprocess.run([BIN / "mobictl", "--server", self.data, "--admin", self.admin,
-                               *self.client, *arguments], capture_output=True, text=True, timeout=timeout)
-
-    def target_bits(self):
-        return json.loads(self.ctl("status", "--json").stdout)["target_bits"]
-
-    def stop(self):
-        self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(60)
-        assert code == 0, f"SIGTERM must end the server with 0, not {code}"
-
-
-def eventually(condition, what):
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
+def target_bits(server):
+    return json.loads(server.call("status", "--json").stdout)["target_bits"]
 
 
 def check_bad_flags():
@@ -83,16 +55,16 @@ def check_policy_reload():
     with tempfile.TemporaryDirectory() as folder:
         policy = pathlib.Path(folder) / "policy.yaml"
         policy.write_text(window.format(6))
-        server = Server("--policy", policy)
+        server = start("--policy", policy)
         try:
-            assert server.target_bits() == 6
+            assert target_bits(server) == 6
             policy.write_text(window.format(4))
             server.process.send_signal(signal.SIGHUP)
-            eventually(lambda: server.target_bits() == 4, "SIGHUP must reload the policy")
+            wait_until(lambda: target_bits(server) == 4, "SIGHUP must reload the policy", seconds=20)
             policy.write_text("windows: 3\n")
             server.process.send_signal(signal.SIGHUP)
             time.sleep(0.5)
-            assert server.target_bits() == 4, "a bad policy changes nothing"
+            assert target_bits(server) == 4, "a bad policy changes nothing"
             server.stop()
         finally:
             server.process.kill()
@@ -101,12 +73,12 @@ def check_policy_reload():
 def check_sigterm_under_load():
     """Every call ends well or is told to come back; the server ends with 0."""
     for round_number in range(ROUNDS):
-        server = Server()
+        server = start()
         stop, good, bad = threading.Event(), [0], []
 
         def client():
             while not stop.is_set():
-                done = server.ctl("generate", "Once", "--max-new-tokens", "200", "--ignore-eos")
+                done = server.call("generate", "Once", "--max-new-tokens", "200", "--ignore-eos")
                 if done.returncode == 0:
                     good[0] += 1
                 elif "UNAVAILABLE" not in done.stderr and "no server" not in done.stderr:
@@ -116,7 +88,7 @@ def check_sigterm_under_load():
         try:
             for thread in clients:
                 thread.start()
-            eventually(lambda: good[0] >= 1 + round_number % 3, "requests must succeed")
+            wait_until(lambda: good[0] >= 1 + round_number % 3, "requests must succeed", seconds=20)
             server.stop()
         finally:
             stop.set()
@@ -149,7 +121,7 @@ def check_python_client():
     if PYTHON is None:
         print("skipped: the Python client needs python3-grpcio and python3-protobuf")
         return
-    server = Server()
+    server = start()
     try:
         done = run_python_client(server)
         assert done.returncode == 0, done.stderr
@@ -178,25 +150,25 @@ def check_access():
         (folder / "tokens").write_text(f"# name scopes sha256\napp generate {hashed}\n")
         cert, key = ("--tls_cert", folder / "cert.pem"), ("--tls_key", folder / "key.pem")
         ca, token = ("--tls_ca", folder / "cert.pem"), ("--token_file", folder / "token")
-        server = Server(*cert, *key, "--tls_client_ca", folder / "cert.pem", "--token_file",
-                        folder / "tokens", client=(*ca, *cert, *key))
+        server = start(*cert, *key, "--tls_client_ca", folder / "cert.pem", "--token_file",
+                       folder / "tokens", client=(*ca, *cert, *key))
         try:
             hello = ("generate", "Once", "--max-new-tokens", "3")
             for flags, code, word in [((), 1, "UNAUTHENTICATED"), (("--token", "pear"), 1, "not known"),
                                       (token, 0, "")]:
-                done = server.ctl(*hello, *flags)
+                done = server.call(*hello, *flags)
                 assert done.returncode == code and word in done.stderr, (flags, done.stderr)
-            done = server.ctl("status", *token)
+            done = server.call("status", *token)
             assert done.returncode == 1 and "lacks the scope admin" in done.stderr, done.stderr
-            assert server.ctl("health").returncode == 0, "health needs a certificate, no token"
+            assert server.call("health").returncode == 0, "health needs a certificate, no token"
             server.client = ca
-            assert "no server" in server.ctl("health").stderr, "mTLS needs a client certificate"
+            assert "no server" in server.call("health").stderr, "mTLS needs a client certificate"
             server.stop()
         finally:
             server.process.kill()
-        server = Server(*cert, *key, "--token_file", folder / "tokens", client=(*ca, *token))
+        server = start(*cert, *key, "--token_file", folder / "tokens", client=(*ca, *token))
         try:
-            assert server.ctl(*hello).returncode == 0
+            assert server.call(*hello).returncode == 0
             if PYTHON is not None:
                 tls = ("--tls-ca", folder / "cert.pem")
                 done = run_python_client(server, *tls, "--token-file", folder / "token")

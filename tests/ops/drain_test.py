@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
 from server_process import Server  # noqa: E402
 
 ROUNDS = int(sys.argv[3]) if len(sys.argv) > 3 else 5
@@ -57,7 +57,8 @@ def is_late(end, terminated):
 
 
 def one_round(bin_dir, seed):
-    with Server(bin_dir, "--drain_grace_s", str(GRACE_S), "--max_num_seqs", "8") as server:
+    with Server(bin_dir, "--threads", "1", "--drain_grace_s", str(GRACE_S), "--max_num_seqs",
+                "8") as server:
         assert server.cpu_seconds() < COLD_START_CPU_S, f"{server.cpu_seconds()} s of CPU to start"
         clients = [Client(server, seed * CLIENTS + i) for i in range(CLIENTS)]
         for client in clients:

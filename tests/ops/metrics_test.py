@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
 import named_metrics  # noqa: E402
 from server_process import Server, free_ports, write_policy  # noqa: E402
 
@@ -36,7 +36,7 @@ def drive_load(server):
 def main():
     policy = write_policy(pathlib.Path(sys.argv[2]) / "policy.yaml")
     nobody, = free_ports(1)  # the signal asked of Prometheus stays without an answer
-    with Server(sys.argv[1], "--policy", policy, "--prometheus_url",
+    with Server(sys.argv[1], "--threads", "1", "--policy", policy, "--prometheus_url",
                 f"http://127.0.0.1:{nobody}") as server:
         drive_load(server)
         exposition = server.scrape()

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
 import named_metrics  # noqa: E402
 from prometheus_process import Prometheus  # noqa: E402
 from server_process import Server, free_ports, wait_until, write_policy  # noqa: E402
@@ -93,7 +93,7 @@ def main():
         print("SKIPPED: prometheus is not installed")
         sys.exit(77)
     policy, url = write_policy(WORK / "policy.yaml"), f"http://127.0.0.1:{free_ports(1)[0]}"
-    with Server(sys.argv[1], "--policy", policy, "--prometheus_url", url) as server:
+    with Server(sys.argv[1], "--threads", "1", "--policy", policy, "--prometheus_url", url) as server:
         prometheus = Prometheus(WORK, url, server.metrics)
         try:
             lanes = drive_load(server, LOAD_SECONDS)

@@ -14,7 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
 import named_metrics  # noqa: E402
 from prometheus_process import Prometheus  # noqa: E402
 from server_process import Server, free_ports  # noqa: E402
@@ -74,7 +74,7 @@ def main():
     WORK.mkdir(parents=True, exist_ok=True)
     policy = WORK / "policy.yaml"
     policy.write_text(POLICY)
-    with Server(sys.argv[1], "--policy", policy, "--max_num_seqs", "8") as server:
+    with Server(sys.argv[1], "--threads", "1", "--policy", policy, "--max_num_seqs", "8") as server:
         prometheus = Prometheus(WORK, f"http://127.0.0.1:{free_ports(1)[0]}", server.metrics)
         try:
             start = time.time()

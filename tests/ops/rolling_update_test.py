@@ -17,7 +17,7 @@ import threading
 import time
 import urllib.request
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
 from named_metrics import FILES  # noqa: E402
 from server_process import Server, free_ports, wait_until  # noqa: E402
 
@@ -101,7 +101,7 @@ def roll(proxy, load, servers):
         old.terminate()
         load.wait_for_more(2 * CLIENTS)
         assert old.wait(60) == 0, "the drained server must exit with 0"
-        servers[index] = Server(BIN, ports=ports_of(old))
+        servers[index] = Server(BIN, "--threads", "1", ports=ports_of(old))
         proxy.use(servers)
         load.wait_for_more(2 * CLIENTS)
     return served
@@ -117,7 +117,7 @@ def main():
     if not shutil.which("nghttpx"):
         print("SKIPPED: nghttpx (package nghttp2-proxy) is not installed")
         sys.exit(77)
-    servers, proxy, load = [Server(BIN), Server(BIN)], Proxy(), None
+    servers, proxy, load = [Server(BIN, "--threads", "1") for _ in range(2)], Proxy(), None
     try:
         proxy.start(servers)
         load = Load(proxy.port)

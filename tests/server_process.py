@@ -1,4 +1,4 @@
-"""The real programs on loopback, for the tests beside this file."""
+"""The real programs on loopback, for the tests and benchmarks in the folders beside this file."""
 import os
 import pathlib
 import signal
@@ -7,7 +7,7 @@ import subprocess
 import time
 import urllib.request
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 DEMO = ROOT / "deploy" / "demo" / "checkpoint"
 
 
@@ -17,6 +17,10 @@ def free_ports(count):
     for s in sockets:
         s.close()
     return ports
+
+
+def free_address():
+    return f"127.0.0.1:{free_ports(1)[0]}"
 
 
 def fetch(url, timeout=10):
@@ -48,32 +52,36 @@ def write_policy(path):
 
 
 class Server:
-    """mobi-server with the demo model. Ready when the constructor returns."""
+    """mobi-server, by default with the demo model. Ready when the constructor returns; a flag given
+    here stands after the addresses and so may change them."""
 
-    def __init__(self, bin_dir, *flags, ports=None):
+    def __init__(self, bin_dir, *flags, model=DEMO, ports=None, client=()):
         self.bin = pathlib.Path(bin_dir)
+        self.client = client  # flags of its clients
         self.data, self.admin, self.metrics = (f"127.0.0.1:{p}" for p in ports or free_ports(3))
         start = time.monotonic()
         self.process = subprocess.Popen(
-            [self.bin / "mobi-server", "--model", DEMO, "--threads", "1", "--listen", self.data,
-             "--admin_listen", self.admin, "--metrics_listen", self.metrics, *flags],
+            [self.bin / "mobi-server", "--model", model, "--listen", self.data, "--admin_listen",
+             self.admin, "--metrics_listen", self.metrics, *flags],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        greeting = ""
-        while "ready after" not in greeting:
+        self.greeting = ""
+        while "mobictl" not in self.greeting:  # in its last line
             line = self.process.stdout.readline()
-            assert line, f"the server ended before it was ready: {greeting}"
-            greeting += line
+            assert line, f"the server ended before it was ready: {self.greeting}"
+            self.greeting += line
         self.seconds_to_ready = time.monotonic() - start
 
     def ctl(self, *arguments):
         return [str(a) for a in (self.bin / "mobictl", "--server", self.data, "--admin",
-                                 self.admin, *arguments)]
+                                 self.admin, *self.client, *arguments)]
 
-    def run(self, *arguments, timeout=120):
-        done = subprocess.run(self.ctl(*arguments), capture_output=True, text=True,
-                              timeout=timeout)
+    def call(self, *arguments):
+        return subprocess.run(self.ctl(*arguments), capture_output=True, text=True, timeout=120)
+
+    def run(self, *arguments):
+        done = self.call(*arguments)
         assert done.returncode == 0, f"{arguments}: {done.returncode} {done.stderr}"
-        return done.stdout
+        return done
 
     def scrape(self):
         return fetch(f"http://{self.metrics}/metrics")
@@ -88,6 +96,11 @@ class Server:
     def wait(self, seconds=90):
         self.process.communicate(timeout=seconds)
         return self.process.returncode
+
+    def stop(self):
+        self.terminate()
+        code = self.wait(60)
+        assert code == 0, f"SIGTERM must end the server with 0, not {code}"
 
     def __enter__(self):
         return self
