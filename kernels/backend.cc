@@ -1,6 +1,9 @@
 #include "kernels/backend.h"
 
+#include <string>
 #include <utility>
+
+#include "absl/strings/str_cat.h"
 
 namespace mobi {
 
@@ -18,6 +21,17 @@ void Buffer::Reset() {
   if (data_ != nullptr) backend_->Free(data_);
   data_ = nullptr;
 }
+
+absl::StatusOr<Buffer> Backend::Reserve(size_t, std::string_view what) {
+  return absl::UnimplementedError(absl::StrCat(std::string(what), ": memory of the ",
+                                               std::string(name()), " backend cannot come and go"));
+}
+
+absl::Status Backend::Commit(void*, size_t, std::string_view what) {
+  return Reserve(0, what).status();
+}
+
+void Backend::Decommit(void*, size_t) {}
 
 #ifndef MOBI_WITH_CUDA
 absl::StatusOr<std::unique_ptr<Backend>> CreateCudaBackend(const CudaOptions&) {

@@ -178,6 +178,17 @@ class Backend {
 
   // RESOURCE_EXHAUSTED names `what`, the bytes asked and the bytes free.
   virtual absl::StatusOr<Buffer> Allocate(size_t bytes, std::string_view what) = 0;
+
+  // Addresses without memory behind them, aligned to page_bytes(), for what comes and goes while
+  // others keep pointers to it. UNIMPLEMENTED where the device or this build cannot.
+  virtual absl::StatusOr<Buffer> Reserve(size_t bytes, std::string_view what);
+  // Puts zeroed memory behind [at, at + bytes) of a reservation, which has none: whole pages.
+  // RESOURCE_EXHAUSTED as Allocate says it.
+  virtual absl::Status Commit(void* at, size_t bytes, std::string_view what);
+  // Gives that memory back at once; until the next Commit nobody may read or write there.
+  virtual void Decommit(void* at, size_t bytes);
+  virtual size_t page_bytes() const { return 1; }
+
   // Host to device in call order with the ops; the host memory may be reused on return.
   virtual void Upload(const void* host, size_t bytes, void* device) = 0;
   // Device to host; complete after Synchronize.

@@ -1,6 +1,9 @@
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "kernels/backend.h"
@@ -31,6 +34,17 @@ class HostBackend : public Backend {
     if (!data.ok()) return data.status();
     return Buffer(this, *data, bytes);
   }
+  absl::StatusOr<Buffer> Reserve(size_t bytes, std::string_view what) final {
+    absl::StatusOr<void*> data = ReserveHost(bytes, what);
+    if (!data.ok()) return data.status();
+    reserved_.emplace_back(*data, bytes);
+    return Buffer(this, *data, bytes);
+  }
+  absl::Status Commit(void* at, size_t bytes, std::string_view what) final {
+    return CommitHost(at, bytes, what);
+  }
+  void Decommit(void* at, size_t bytes) final { DecommitHost(at, bytes); }
+  size_t page_bytes() const final { return HostPageBytes(); }
   void Upload(const void* host, size_t bytes, void* device) final { Copy(host, bytes, device); }
   void Download(const void* device, size_t bytes, void* host) final { Copy(device, bytes, host); }
   void Zero(void* device, size_t bytes) final {
@@ -43,7 +57,15 @@ class HostBackend : public Backend {
   static void Copy(const void* from, size_t bytes, void* to) {
     if (bytes > 0) std::memcpy(to, from, bytes);
   }
-  void Free(void* data) final { FreeHost(data); }
+  void Free(void* data) final {
+    const auto found = std::find_if(reserved_.begin(), reserved_.end(),
+                                    [data](const auto& r) { return r.first == data; });
+    if (found == reserved_.end()) return FreeHost(data);
+    UnreserveHost(data, found->second);
+    reserved_.erase(found);
+  }
+
+  std::vector<std::pair<void*, size_t>> reserved_;
 };
 
 class ReferenceBackend final : public HostBackend {

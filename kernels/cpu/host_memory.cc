@@ -53,6 +53,11 @@ void Populate(void* data, size_t bytes) {
 #endif
 }
 
+absl::Status OutOfMemory(std::string_view what, size_t bytes, size_t free) {
+  return absl::ResourceExhaustedError(
+      absl::StrCat(std::string(what), ": ", bytes, " bytes of host memory asked, ", free, " free"));
+}
+
 }  // namespace
 
 MemoryInfo HostMemoryInfo() {
@@ -78,14 +83,45 @@ absl::StatusOr<void*> AllocateHost(size_t bytes, std::string_view what) {
       Populate(data, rounded);
     }
   }
-  if (data == nullptr) {
-    return absl::ResourceExhaustedError(absl::StrCat(
-        std::string(what), ": ", bytes, " bytes of host memory asked, ", free, " free"));
-  }
+  if (data == nullptr) return OutOfMemory(what, bytes, free);
   return data;
 }
 
 void FreeHost(void* data) { std::free(data); }
+
+size_t HostPageBytes() { return static_cast<size_t>(sysconf(_SC_PAGESIZE)); }
+
+absl::StatusOr<void*> ReserveHost(size_t bytes, std::string_view what) {
+  // Room to begin at a huge page.
+  const size_t size = bytes + kHugePage;
+  void* data = size < bytes ? MAP_FAILED
+                            : mmap(nullptr, size, PROT_NONE,
+                                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (data == MAP_FAILED) return OutOfMemory(what, bytes, HostMemoryInfo().free);
+  auto* begin = static_cast<std::byte*>(data);
+  const size_t before = (kHugePage - reinterpret_cast<uintptr_t>(data) % kHugePage) % kHugePage;
+  const size_t page = HostPageBytes();
+  const size_t kept = std::max(page, (bytes + page - 1) / page * page);
+  if (before > 0) munmap(begin, before);
+  munmap(begin + before + kept, (size + page - 1) / page * page - before - kept);
+  return begin + before;
+}
+
+absl::Status CommitHost(void* at, size_t bytes, std::string_view what) {
+  const size_t free = HostMemoryInfo().free;
+  if (bytes > free || mprotect(at, bytes, PROT_READ | PROT_WRITE) != 0) {
+    return OutOfMemory(what, bytes, free);
+  }
+  if (bytes >= kHugePage) madvise(at, bytes, MADV_HUGEPAGE);
+  return absl::OkStatus();
+}
+
+void DecommitHost(void* at, size_t bytes) {
+  // A fresh mapping in place of the old one: its pages and its claim on memory are gone at once.
+  mmap(at, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+}
+
+void UnreserveHost(void* data, size_t bytes) { munmap(data, std::max(bytes, size_t{1})); }
 
 int NumUsableCores() {
   cpu_set_t set;

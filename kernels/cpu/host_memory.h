@@ -18,6 +18,14 @@ MemoryInfo HostMemoryInfo();
 absl::StatusOr<void*> AllocateHost(size_t bytes, std::string_view what);
 void FreeHost(void* data);
 
+// Addresses without memory, for pages that come (zeroed) and go; touching one that is away is a
+// fault of the process. RESOURCE_EXHAUSTED as above.
+absl::StatusOr<void*> ReserveHost(size_t bytes, std::string_view what);
+absl::Status CommitHost(void* at, size_t bytes, std::string_view what);
+void DecommitHost(void* at, size_t bytes);
+void UnreserveHost(void* data, size_t bytes);
+size_t HostPageBytes();
+
 // Cores that this process may use: its affinity mask, cut down to its cgroup's quota.
 int NumUsableCores();
 
