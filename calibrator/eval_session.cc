@@ -9,6 +9,11 @@
 #include "kernels/create_backend.h"
 
 namespace mobi {
+namespace {
+
+constexpr int kScoredTogether = 128;
+
+}  // namespace
 
 absl::StatusOr<std::unique_ptr<EvalSession>> EvalSession::Open(const EvalSessionOptions& options,
                                                                const Clock& clock) {
@@ -27,8 +32,10 @@ absl::StatusOr<std::unique_ptr<EvalSession>> EvalSession::Open(const EvalSession
                         Model::Load(session->checkpoint_, backend, max_tokens, nullptr));
   EngineOptions engine;
   engine.coherent_decode = options.coherent;
-  engine.max_num_seqs = options.in_flight;
-  engine.max_num_batched_tokens = std::max(engine.max_num_batched_tokens, options.in_flight);
+  // Scores are read in batches of this many positions: few of them would read the output embedding
+  // over and over.
+  engine.max_num_seqs = std::max(options.in_flight, kScoredTogether);
+  engine.max_num_batched_tokens = std::max(engine.max_num_batched_tokens, engine.max_num_seqs);
   engine.max_model_len = max_tokens;
   engine.num_kv_blocks = options.in_flight * (max_tokens / engine.block_size + 2);
   // Nobody waits for an answer here: all that is submitted is served, however long it takes.
