@@ -108,11 +108,18 @@ absl::StatusOr<std::vector<EvaluateResult>> Evaluate(const EvaluateOptions& opti
     return absl::InvalidArgumentError(absl::StrCat(
         options.data_path, ": ", ids.size(), " tokens, less than one window of ", options.window));
   }
+  const auto windows = static_cast<int64_t>(ids.size()) / options.window;
+  if (options.skip < 0 || options.skip >= windows) {
+    return absl::InvalidArgumentError(absl::StrCat(options.data_path, ": skip ", options.skip,
+                                                   " is not within 0 and ", windows - 1));
+  }
+  const auto rest =
+      absl::MakeConstSpan(ids).subspan(static_cast<size_t>(options.skip * options.window));
   const bool quantized = session->checkpoint().quantized();
   std::vector<EvaluateResult> results;
   for (const float bits : quantized ? options.bits : std::vector<float>{kMaxBits}) {
     MOBI_ASSIGN_OR_RETURN(EvaluateResult result,
-                          EvaluateAt(session->engine(), options, ids, bits, clock));
+                          EvaluateAt(session->engine(), options, rest, bits, clock));
     result.is_float = !quantized;
     if (result.is_float) result.target_bits = result.effective_bits;
     on_result(result);

@@ -24,7 +24,8 @@ struct EvaluateOptions {
   bool coherent = false;
   int batch = 16;  // windows side by side in coherent mode
   int window = 1024;
-  int64_t limit = 0;  // windows; 0: all
+  int64_t skip = 0;   // windows passed over, so that a long text can be read in parts
+  int64_t limit = 0;  // windows; 0: all that are left
   int num_threads = 0;
   std::string device = "cpu";  // see CreateBackend
 };

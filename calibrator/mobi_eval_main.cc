@@ -30,6 +30,7 @@ ABSL_FLAG(std::string, mode, "token",
           "token: every token chooses its levels; coherent: the tokens of a step share them");
 ABSL_FLAG(int, batch, 16, "windows read side by side in coherent mode");
 ABSL_FLAG(int, window, 1024, "tokens in a window");
+ABSL_FLAG(int, skip, 0, "windows to pass over first");
 ABSL_FLAG(int, limit, 0, "windows or questions to read; 0: all");
 ABSL_FLAG(int, threads, 0, "threads; 0: one per core");
 ABSL_FLAG(std::string, device, "cpu", "cpu, cuda or auto");
@@ -157,6 +158,7 @@ absl::Status RunPerplexity(std::vector<float> bits) {
   options.coherent = mode == "coherent";
   options.batch = absl::GetFlag(FLAGS_batch);
   options.window = absl::GetFlag(FLAGS_window);
+  options.skip = absl::GetFlag(FLAGS_skip);
   options.limit = absl::GetFlag(FLAGS_limit);
   options.device = absl::GetFlag(FLAGS_device);
   options.num_threads = absl::GetFlag(FLAGS_threads);

@@ -238,6 +238,33 @@ TEST_F(CalibrateTest, QuantizedFoldersAreNotCalibratedAgain) {
   EXPECT_EQ(Run(again).code(), absl::StatusCode::kFailedPrecondition);
 }
 
+// Parts of a text add up to the whole: what is measured in pieces is what one run would say.
+TEST_F(CalibrateTest, WindowsReadInPartsAddUp) {
+  MakeModel();
+  EvaluateOptions options;
+  options.model_dir = dir_.Sub("float");
+  options.data_path = TextPath();
+  options.window = 64;
+  options.num_threads = 1;
+  const auto evaluate = [&](int64_t skip, int64_t limit) {
+    options.skip = skip;
+    options.limit = limit;
+    const auto results = Evaluate(options, RealClock(), [](const EvaluateResult&) {});
+    EXPECT_TRUE(results.ok()) << results.status();
+    return results.ok() ? results->front() : EvaluateResult();
+  };
+  const EvaluateResult all = evaluate(0, 0), first = evaluate(0, 5), rest = evaluate(5, 0);
+  EXPECT_EQ(first.windows, 5);
+  EXPECT_EQ(first.windows + rest.windows, all.windows);
+  const auto sum = [](const EvaluateResult& r) {
+    return r.nll * static_cast<double>(r.predicted_tokens);
+  };
+  EXPECT_NEAR(sum(first) + sum(rest), sum(all), 1e-6 * sum(all));
+  options.skip = all.windows;
+  EXPECT_EQ(Evaluate(options, RealClock(), [](const EvaluateResult&) {}).status().code(),
+            absl::StatusCode::kInvalidArgument);
+}
+
 TEST_F(CalibrateTest, EvaluationRefusesWhatItCannotDo) {
   MakeModel();
   const auto ignore = [](const EvaluateResult&) {};
