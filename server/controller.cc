@@ -275,9 +275,12 @@ void Controller::AverageLocked(TimePoint now, const EngineStats& stats) {
   }
   const PolicyWindow& window = status_.window;
   const float range = window.ceiling_bits - window.floor_bits;
+  // Bits of the past say nothing about an idle server; one whose step is long is not idle.
+  const bool idle = stats.effective_tokens == from.effective_tokens &&
+                    stats.running_requests == 0 && stats.waiting_requests == 0;
   const bool measured = stats.effective_tokens > 0;
   status_.bits_deficit =
-      !measured || range <= 0
+      idle || !measured || range <= 0
           ? 0
           : std::clamp((window.ceiling_bits - status_.effective_bits) / range, 0.f, 1.f);
   const bool worked = stats.effective_tokens > last.stats.effective_tokens;

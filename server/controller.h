@@ -75,7 +75,8 @@ struct PolicyReloads {
   WallTime last_applied{};
 };
 
-// Averages are over ControllerOptions::averaging, or over the last such time that had work.
+// Averages are over ControllerOptions::averaging, or over the last such time that had work; the
+// deficit of a server without work is 0.
 struct ControlStatus {
   WallTime time{};
   bool elastic = false;

@@ -35,7 +35,7 @@ absl::Status ErrorAt(absl::string_view file, int line, absl::string_view path,
 // Builds the tree from the parser's events; after the first problem it ignores the rest.
 class TreeBuilder final : public YAML::EventHandler {
  public:
-  explicit TreeBuilder(int max_depth) : max_depth_(max_depth) {}
+  explicit TreeBuilder(const YamlLimits& limits) : limits_(limits) {}
 
   const std::string& problem() const { return problem_; }
   int problem_line() const { return problem_line_; }
@@ -94,6 +94,7 @@ class TreeBuilder final : public YAML::EventHandler {
   void AddKey(const YAML::Mark& mark, const std::string& key) {
     if (!problem_.empty()) return;
     Level& level = levels_.back();
+    if (!CountNode(mark)) return;
     if (level.node->Find(key) != nullptr) {
       return Problem(mark, absl::StrCat("the key ", Excerpt(key), " is there twice"));
     }
@@ -103,7 +104,7 @@ class TreeBuilder final : public YAML::EventHandler {
   // nullptr after a problem. The node's line is its key's, where it has one.
   YamlNode* Add(const YAML::Mark& mark, YamlNode::Kind kind) {
     if (expects_key()) Problem(mark, "a key must be a word");
-    if (!problem_.empty()) return nullptr;
+    if (!problem_.empty() || !CountNode(mark)) return nullptr;
     YamlNode* node = &root_;
     if (levels_.empty()) {
       node->line = mark.line + 1;
@@ -116,11 +117,16 @@ class TreeBuilder final : public YAML::EventHandler {
     node->kind = kind;
     return node;
   }
+  bool CountNode(const YAML::Mark& mark) {
+    if (++num_nodes_ <= limits_.max_nodes) return true;
+    Problem(mark, absl::StrFormat("more than %d keys and values", limits_.max_nodes));
+    return false;
+  }
   // Parents do not grow while a child is open, so pointers stay good.
   void Enter(YamlNode* node, const YAML::Mark& mark) {
     if (node == nullptr) return;
-    if (levels_.size() >= static_cast<size_t>(max_depth_)) {
-      return Problem(mark, absl::StrFormat("nested deeper than %d levels", max_depth_));
+    if (levels_.size() >= static_cast<size_t>(limits_.max_depth)) {
+      return Problem(mark, absl::StrFormat("nested deeper than %d levels", limits_.max_depth));
     }
     levels_.push_back({node, false});
   }
@@ -128,7 +134,8 @@ class TreeBuilder final : public YAML::EventHandler {
     if (problem_.empty()) levels_.pop_back();
   }
 
-  const int max_depth_;
+  const YamlLimits limits_;
+  int num_nodes_ = 0;
   YamlNode root_;
   std::vector<Level> levels_;
   std::string problem_;
@@ -150,13 +157,13 @@ absl::StatusOr<YamlNode> ParseYaml(absl::string_view text, absl::string_view fil
     return absl::InvalidArgumentError(absl::StrFormat("%s: has %d bytes, at most %d are read", file,
                                                       text.size(), limits.max_bytes));
   }
-  TreeBuilder builder(limits.max_depth);
+  TreeBuilder builder(limits);
   int extra_line = 0;
   try {
     std::istringstream stream{std::string(text)};
     YAML::Parser parser(stream);
     if (!parser.HandleNextDocument(builder)) return ErrorAt(file, 1, "", "is empty");
-    TreeBuilder second(limits.max_depth);
+    TreeBuilder second(limits);
     if (parser.HandleNextDocument(second)) extra_line = std::max(second.TakeRoot().line, 1);
   } catch (const YAML::Exception& error) {
     return ErrorAt(file, error.mark.line + 1, "", error.msg);

@@ -1,7 +1,7 @@
 // YAML as a tree with line numbers, read from files that are hostile until proven otherwise:
-// bounded in size and depth, one document, no anchors, aliases or tags, no key twice. Below it sits
-// typed reading whose errors name file, line and path. The one place that touches yaml-cpp, which
-// throws. Pure; a tree is immutable and thread-safe.
+// bounded in size, depth and number of values, one document, no anchors, aliases or tags, no key
+// twice. Below it sits typed reading whose errors name file, line and path. The one place that
+// touches yaml-cpp, which throws. Pure; a tree is immutable and thread-safe.
 #ifndef MOBI_SERVER_POLICY_DOCUMENT_H_
 #define MOBI_SERVER_POLICY_DOCUMENT_H_
 
@@ -20,6 +20,7 @@ namespace mobi {
 struct YamlLimits {
   size_t max_bytes = 256 << 10;
   int max_depth = 16;
+  int max_nodes = 4096;  // keys and values; a key is looked for among those of its map
 };
 
 struct YamlNode {

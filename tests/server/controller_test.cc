@@ -27,6 +27,9 @@ class CountingEngine final : public Engine {
   EngineStats stats() const override { return stats_; }
   int max_model_len() const override { return 1; }
 
+  // A request is in, though no step has ended.
+  void SetRunning(int requests) { stats_.running_requests = requests; }
+
   void Step() {
     const double nats_per_bit = std::log(100.0) / 2;
     const double free = target_.target_bits + shift_ - target_.log_price_trim / nats_per_bit;
@@ -132,6 +135,33 @@ TEST_F(ControllerTest, StatusAveragesTheLastSecond) {
   controller_.Tick();
   EXPECT_EQ(controller_.status().tokens_per_second, 0);
   EXPECT_NEAR(controller_.status().effective_bits, 8, 1e-3);  // of the last time that had work
+}
+
+TEST_F(ControllerTest, AnIdleServerHasNoDeficit) {
+  Attach();
+  Policy policy = FixedPolicy(6);
+  policy.windows[0].floor_bits = 4;
+  policy.windows[0].ceiling_bits = 8;
+  policy.signals = {{.kind = SignalKind::kQueueDepth, .name = "queue_depth", .reference = 2}};
+  ASSERT_TRUE(controller_.SetPolicy({policy, "", "test"}, std::nullopt).ok());
+  EXPECT_EQ(controller_.status().bits_deficit, 0);
+  ASSERT_TRUE(controller_.Override(5, std::chrono::hours(1)).ok());
+  Run(seconds(3));
+  EXPECT_NEAR(controller_.status().bits_deficit, 0.75, 0.02);
+  const auto rest = [&](Duration duration) {
+    for (Duration t{}; t < duration; t += milliseconds(50)) {
+      clock_.Advance(milliseconds(50));
+      controller_.Tick();
+    }
+    return controller_.status().bits_deficit;
+  };
+  engine_.SetRunning(1);
+  EXPECT_NEAR(rest(seconds(5)), 0.75, 0.02);  // a long step
+  engine_.SetRunning(0);
+  EXPECT_EQ(rest(seconds(2)), 0);
+  EXPECT_NEAR(controller_.status().effective_bits, 5, 0.05);
+  Run(seconds(1));
+  EXPECT_NEAR(controller_.status().bits_deficit, 0.75, 0.02);
 }
 
 TEST_F(ControllerTest, ConcurrentPoliciesAreSerialised) {

@@ -1,6 +1,8 @@
-// A clock that tests move.
+// A clock that one thread of a test moves and any thread reads.
 #ifndef MOBI_TESTS_SERVER_FAKE_CLOCK_H_
 #define MOBI_TESTS_SERVER_FAKE_CLOCK_H_
+
+#include <atomic>
 
 #include "engine/base/clock.h"
 
@@ -9,15 +11,15 @@ namespace mobi {
 class FakeClock final : public Clock {
  public:
   TimePoint Now() const override { return now_; }
-  std::chrono::system_clock::time_point WallNow() const override { return wall_; }
+  WallTime WallNow() const override { return wall_; }
   void Advance(Duration duration) {
-    now_ += duration;
-    wall_ += std::chrono::duration_cast<std::chrono::system_clock::duration>(duration);
+    now_ = now_.load() + duration;
+    wall_ = wall_.load() + std::chrono::duration_cast<WallTime::duration>(duration);
   }
 
  private:
-  TimePoint now_{std::chrono::hours(100)};
-  std::chrono::system_clock::time_point wall_{std::chrono::hours(24 * 365 * 50)};
+  std::atomic<TimePoint> now_{TimePoint(std::chrono::hours(100))};
+  std::atomic<WallTime> wall_{WallTime(std::chrono::hours(24 * 365 * 50))};
 };
 
 }  // namespace mobi

@@ -7,7 +7,6 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_replace.h"
-#include "engine/base/clock.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "server/policy_document.h"
@@ -229,29 +228,30 @@ TEST(ParsePolicy, HostileFilesAreBounded) {
     absl::StrAppend(&entries, "- {name: w", i, "}\n");
     absl::StrAppend(&keys, "k", i, ": ", i, "\n");
   }
-  const std::vector<std::string> texts = {
-      bomb,
-      entries,
-      keys,
-      std::string(300 << 10, ' '),
-      std::string(200 << 10, '['),
-      std::string(200 << 10, '{'),
-      std::string(100 << 10, '\n') + "a: b",
-      absl::StrReplaceAll(std::string(1000, 'x'), {{"x", "- "}}),
-      absl::StrReplaceAll(std::string(500, 'x'), {{"x", "? "}}),
-      absl::StrCat("windows: [{name: ", std::string(200 << 10, 'n'), "}]"),
-      std::string("windows\0: 1", 11),
-      "\xff\xfe\x00w",
-      "windows: [{name: \"\xc3\x28\"}]",
-      "%YAML 9.9\n---\na: b",
-      "%TAG ! !x\n---\n!y a",
+  // Refused by the limit that bounds the work, whatever the machine takes for it.
+  const std::pair<std::string, const char*> cases[] = {
+      {bomb, "anchors are not allowed"},
+      {entries, "more than 4096 keys and values"},
+      {keys, "more than 4096 keys and values"},
+      {std::string(300 << 10, ' '), "has 307200 bytes, at most 262144 are read"},
+      {std::string(200 << 10, '['), "p:1: bad file"},
+      {std::string(200 << 10, '{'), "p:1: bad file"},
+      {std::string(100 << 10, '\n') + "a: b", "p:102401: unknown key"},
+      {absl::StrReplaceAll(std::string(1000, 'x'), {{"x", "- "}}), "p:1: bad file"},
+      {absl::StrReplaceAll(std::string(500, 'x'), {{"x", "? "}}), "p:1: bad file"},
+      {absl::StrCat("windows: [{name: ", std::string(200 << 10, 'n'), "}]"),
+       "windows[0].name: a name is 1 to 64"},
+      {std::string("windows\0: 1", 11), "p:1: "},
+      {"\xff\xfe\x00w", "p:1: is empty"},
+      {"windows: [{name: \"\xc3\x28\"}]", "windows[0].name: a name is"},
+      {"%YAML 9.9\n---\na: b", "p:1: "},
+      {"%TAG ! !x\n---\n!y a", "p:3: tags are not allowed"},
   };
-  for (const std::string& text : texts) {
-    const TimePoint begin = std::chrono::steady_clock::now();
+  for (const auto& [text, message] : cases) {
     const auto policy = ParsePolicy(text, "p");
-    EXPECT_FALSE(policy.ok()) << text.substr(0, 40);
+    ASSERT_FALSE(policy.ok()) << text.substr(0, 40);
+    EXPECT_THAT(std::string(policy.status().message()), HasSubstr(message)) << text.substr(0, 40);
     EXPECT_LT(policy.status().message().size(), 500u) << policy.status();
-    EXPECT_LT(ToSeconds(std::chrono::steady_clock::now() - begin), 2.0) << text.substr(0, 40);
   }
 }
 

@@ -14,6 +14,7 @@
 #include "gtest/gtest.h"
 #include "server/metrics.h"
 #include "server/promql_poller.h"
+#include "tests/server/fake_clock.h"
 #include "tests/server/loopback_server.h"
 #include "tests/server/prometheus_server.h"
 
@@ -104,24 +105,33 @@ TEST(PromqlClient, RefusesWhatIsNoUrl) {
 PromqlAnswer Ask(const std::string& url, Duration timeout) {
   auto client = PromqlClient::Create(url);
   EXPECT_TRUE(client.ok()) << client.status();
-  const auto begin = std::chrono::steady_clock::now();
-  PromqlAnswer answer = (*client)->Query("up", timeout, nullptr);
-  EXPECT_LT(ToSeconds(std::chrono::steady_clock::now() - begin), ToSeconds(timeout) + 2);
-  return answer;
+  return (*client)->Query("up", timeout, nullptr);
+}
+
+// Says nothing, and returns only when the client has gone.
+void Hang(int fd) {
+  char buffer[4096];
+  while (recv(fd, buffer, sizeof(buffer), 0) > 0) continue;
 }
 
 TEST(PromqlClient, ServersThatMisbehaveAreBounded) {
-  const auto error_of = [](std::function<void(int)> serve) {
+  const auto ask = [](std::function<void(int)> serve, Duration timeout) {
     const LoopbackServer server(std::move(serve));
-    return std::string(PromqlErrorName(Ask(server.url(), milliseconds(300)).error));
+    return std::string(PromqlErrorName(Ask(server.url(), timeout).error));
+  };
+  // These would go on for ever: that the question has an end is the client's doing.
+  const auto endless = [&](std::function<void(int)> serve) {
+    return ask(std::move(serve), milliseconds(300));
+  };
+  const auto error_of = [&](std::function<void(int)> serve) {
+    return ask(std::move(serve), std::chrono::minutes(5));
   };
   const auto head = std::string("HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\n");
-  EXPECT_EQ(error_of([](int) { std::this_thread::sleep_for(milliseconds(800)); }), "timeout");
-  EXPECT_EQ(error_of([&](int fd) {  // drips
+  EXPECT_EQ(endless(Hang), "timeout");
+  EXPECT_EQ(endless([&](int fd) {  // drips
               LoopbackServer::ReadRequest(fd);
               LoopbackServer::Write(fd, head);
-              for (int i = 0; i < 12; ++i) {
-                LoopbackServer::Write(fd, "[");
+              while (send(fd, "[", 1, MSG_NOSIGNAL) == 1) {
                 std::this_thread::sleep_for(milliseconds(50));
               }
             }),
@@ -154,14 +164,14 @@ TEST(PromqlClient, ServersThatMisbehaveAreBounded) {
   {
     port = LoopbackServer([](int) {}).port();
   }
-  EXPECT_STREQ(PromqlErrorName(Ask(absl::StrCat("http://127.0.0.1:", port), seconds(1)).error),
+  EXPECT_STREQ(PromqlErrorName(Ask(absl::StrCat("http://127.0.0.1:", port), seconds(60)).error),
                "unreachable");
 }
 
-// True when it is within ten seconds.
+// A busy machine takes its time.
 template <typename Condition>
 bool Eventually(const Condition& condition) {
-  for (int i = 0; i < 200; ++i) {
+  for (int i = 0; i < 4800; ++i) {
     if (condition()) return true;
     std::this_thread::sleep_for(milliseconds(50));
   }
@@ -178,27 +188,34 @@ TEST(PromqlPoller, AnAnswerThatDoesNotGetNewerGrowsOld) {
     LoopbackServer::ReadRequest(fd);
     LoopbackServer::Write(fd, LoopbackServer::Http(200, Success("scalar", R"([1700000000,"7"])")));
   });
-  const RealClock clock;
+  FakeClock clock;
   auto poller = PromqlPoller::Start(server.url(), clock);
   ASSERT_TRUE(poller.ok()) << poller.status();
-  (*poller)->SetSignals({Promql("cached", "up")});
+  PolicySignal cached = Promql("cached", "up");
+  cached.timeout = std::chrono::minutes(5);
+  (*poller)->SetSignals({cached});
   EXPECT_TRUE(Eventually([&] { return (*poller)->Answers().contains("cached"); }));
-  EXPECT_TRUE(Eventually([&] { return !(*poller)->Answers().contains("cached"); }));
-  EXPECT_GT((*poller)->counts().at("cached").queries, 1u);
+  clock.Advance(seconds(1));
+  EXPECT_TRUE(Eventually([&] { return (*poller)->counts().at("cached").queries > 1; }));
+  EXPECT_TRUE((*poller)->Answers().contains("cached"));
+  clock.Advance(milliseconds(1001));
+  EXPECT_FALSE((*poller)->Answers().contains("cached"));
 }
 
 TEST(PromqlPoller, StopsWhileAServerHangs) {
-  const LoopbackServer server([](int) { std::this_thread::sleep_for(seconds(2)); });
+  std::atomic<bool> asked{false};
+  const LoopbackServer server([&](int fd) {
+    asked = true;
+    Hang(fd);
+  });
   const RealClock clock;
   auto poller = PromqlPoller::Start(server.url(), clock);
   ASSERT_TRUE(poller.ok());
   PolicySignal slow = Promql("slow", "up");
-  slow.timeout = seconds(10);
+  slow.timeout = std::chrono::hours(24);
   (*poller)->SetSignals({slow});
-  std::this_thread::sleep_for(milliseconds(200));
-  const auto begin = std::chrono::steady_clock::now();
+  EXPECT_TRUE(Eventually([&] { return asked.load(); }));
   poller->reset();
-  EXPECT_LT(ToSeconds(std::chrono::steady_clock::now() - begin), 2);
 }
 
 // Debian's Prometheus, which scrapes a metrics endpoint of ours twice.

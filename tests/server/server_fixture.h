@@ -88,7 +88,7 @@ Collected Collect(v1::Inference::Stub& stub, const v1::GenerateRequest& request,
 
 v1::GenerateRequest TextRequest(const std::string& text, int max_new_tokens = 1000);
 
-// Polls until `condition` holds; false after ten seconds.
+// Polls until `condition` holds; false after minutes.
 bool Eventually(const std::function<bool()>& condition);
 
 }  // namespace mobi
