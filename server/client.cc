@@ -21,6 +21,9 @@ namespace {
 
 namespace experimental = grpc::experimental;
 
+constexpr int kConnectTimeoutMs = 5000;
+constexpr int kFirstRetryMs = 100;
+
 // gRPC's own call credentials need TLS; a token may as well travel to a proxy on loopback.
 class BearerToken final : public experimental::Interceptor {
  public:
@@ -92,6 +95,9 @@ std::shared_ptr<grpc::Channel> Connect(const std::string& address, const ClientS
   grpc::ChannelArguments arguments;
   arguments.SetMaxReceiveMessageSize(64 << 20);
   arguments.SetUserAgentPrefix("mobictl");
+  arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS,
+                   kConnectTimeoutMs);  // of one attempt, in fact
+  arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, kFirstRetryMs);
   // Channels to one address would share a connection otherwise, and with it its limit of streams.
   arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
   if (!security.server_name.empty()) arguments.SetSslTargetNameOverride(security.server_name);
@@ -103,6 +109,27 @@ std::shared_ptr<grpc::Channel> Connect(const std::string& address, const ClientS
   interceptors.push_back(std::make_unique<BearerTokenFactory>(security.token));
   return experimental::CreateCustomChannelWithInterceptors(address, credentials, arguments,
                                                            std::move(interceptors));
+}
+
+std::shared_ptr<grpc::Channel> ConnectNow(const std::string& address,
+                                          const ClientSecurity& security) {
+  auto channel = Connect(address, security);
+  AwaitConnection(*channel);
+  return channel;
+}
+
+void AwaitConnection(grpc::Channel& channel, Duration retry_failed) {
+  auto end = std::chrono::system_clock::time_point::max();
+  for (bool failed = false;;) {
+    const grpc_connectivity_state state = channel.GetState(/*try_to_connect=*/true);
+    if (state == GRPC_CHANNEL_READY) return;
+    if (state == GRPC_CHANNEL_TRANSIENT_FAILURE && !failed) {
+      failed = true;
+      end = std::chrono::system_clock::now() +
+            std::chrono::duration_cast<std::chrono::system_clock::duration>(retry_failed);
+    }
+    if (!channel.WaitForStateChange(state, end)) return;
+  }
 }
 
 void SetDeadline(Duration timeout, grpc::ClientContext& context) {
@@ -134,7 +161,7 @@ absl::StatusOr<bool> CheckHealth(const std::string& address, const std::string& 
                                  Duration timeout, const ClientSecurity& security) {
   using grpc::health::v1::HealthCheckRequest;
   using grpc::health::v1::HealthCheckResponse;
-  const auto stub = grpc::health::v1::Health::NewStub(Connect(address, security));
+  const auto stub = grpc::health::v1::Health::NewStub(ConnectNow(address, security));
   grpc::ClientContext context;
   SetDeadline(timeout, context);
   HealthCheckRequest request;

@@ -41,6 +41,16 @@ absl::StatusOr<ClientSecurity> LoadClientSecurity(const ClientSecurityFiles& fil
 std::shared_ptr<grpc::Channel> Connect(const std::string& address,
                                        const ClientSecurity& security = {});
 
+// The same, connected before it returns where that is possible. Nobody listening shows after half a
+// second, an address that does not answer after five; the first call then fails with the reason.
+std::shared_ptr<grpc::Channel> ConnectNow(const std::string& address,
+                                          const ClientSecurity& security = {});
+// The wait of it, for a channel that exists. gRPC 1.51 now and then takes a connection under way
+// for a failed one, because it looks at errno after calls that may change it; so a failure is
+// believed only when retries for `retry_failed` have failed too.
+void AwaitConnection(grpc::Channel& channel,
+                     Duration retry_failed = std::chrono::milliseconds(500));
+
 // Zero: no deadline.
 void SetDeadline(Duration timeout, grpc::ClientContext& context);
 

@@ -16,6 +16,7 @@
 #include "engine/base/status_macros.h"
 #include "mobi/v1/inference.grpc.pb.h"
 #include "server/client.h"
+#include "server/client_flags.h"
 #include "server/loadgen/arrivals.h"
 #include "server/loadgen/bits_watch.h"
 #include "server/loadgen/load_report.h"
@@ -54,7 +55,7 @@ ABSL_FLAG(int, shared_prefix_tokens, 0, "So many first tokens are the same in ev
 ABSL_FLAG(double, temperature, 1, "0: greedy.");
 ABSL_FLAG(bool, ignore_eos, true, "Completions are as long as planned.");
 ABSL_FLAG(uint64_t, seed, 1, "Of arrivals, lengths, prompts, classes and sampling.");
-ABSL_FLAG(int, connections, 4, "At least; more are opened when all are full.");
+ABSL_FLAG(int, connections, 4, "At least; more are opened before all are full.");
 ABSL_FLAG(double, grace_s, 60, "What still runs so long after the last arrival is cancelled.");
 ABSL_FLAG(bool, json, false, "One JSON object instead of tables.");
 ABSL_FLAG(std::string, csv, "", "File to write a line per request to; it must not exist.");
@@ -262,7 +263,8 @@ absl::Status Run() {
   MOBI_RETURN_IF_ERROR(CheckFlags());
   MOBI_ASSIGN_OR_RETURN(LoadTestOptions options, TestOptions());
   const std::string server = absl::GetFlag(FLAGS_server);
-  const auto channel = Connect(server);
+  MOBI_ASSIGN_OR_RETURN(const ClientSecurity security, SecurityFromFlags());
+  const auto channel = ConnectNow(server, security);
   MOBI_ASSIGN_OR_RETURN(const v1::GetModelResponse model, AskModel(channel));
   const bool poisson = absl::GetFlag(FLAGS_trace).empty();
   MOBI_ASSIGN_OR_RETURN(const Plan plan, poisson ? PoissonPlan(model) : TracePlan(model));
@@ -279,11 +281,11 @@ absl::Status Run() {
 
   const RealClock clock;
   LoadTest test(
-      options, [&server] { return Connect(server); }, prompts, clock);
+      options, [&] { return Connect(server, security); }, prompts, clock);
   const TimePoint start = clock.Now() + std::chrono::milliseconds(100);
   std::unique_ptr<BitsWatch> watch;
   if (const std::string admin = absl::GetFlag(FLAGS_admin); !admin.empty()) {
-    auto started = BitsWatch::Start(Connect(admin), start, clock);
+    auto started = BitsWatch::Start(ConnectNow(admin, security), start, clock);
     if (!started.ok()) {
       return absl::InvalidArgumentError(
           absl::StrCat("--admin: ", DescribeError(started.status(), admin)));

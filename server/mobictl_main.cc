@@ -18,6 +18,7 @@
 #include "engine/base/status_macros.h"
 #include "mobi/v1/precision.grpc.pb.h"
 #include "server/client.h"
+#include "server/client_flags.h"
 #include "server/ctl_print.h"
 #include "server/policy_file.h"
 #include "server/policy_windows.h"
@@ -28,13 +29,6 @@ using Optional = absl::optional<T>;
 
 ABSL_FLAG(std::string, server, "127.0.0.1:50051", "Address for generation.");
 ABSL_FLAG(std::string, admin, "127.0.0.1:50052", "Address for precision.");
-ABSL_FLAG(std::string, tls_ca, "", "PEM file of the server's authority; turns TLS on.");
-ABSL_FLAG(std::string, tls_cert, "", "PEM file of this client's certificate, for mTLS.");
-ABSL_FLAG(std::string, tls_key, "", "PEM file of its key.");
-ABSL_FLAG(std::string, tls_server_name, "",
-          "Name the certificate must have; empty: the address's.");
-ABSL_FLAG(std::string, token, "", "Bearer token; others on this machine may see it here.");
-ABSL_FLAG(std::string, token_file, "", "File that holds it.");
 ABSL_FLAG(bool, json, false, "One JSON object per message instead of text.");
 ABSL_FLAG(double, timeout_s, 0, "Deadline of the call; 0: none.");
 ABSL_FLAG(std::string, color, "auto", "auto, always or never: colour text by its bits.");
@@ -120,20 +114,14 @@ v1::GenerateRequest RequestFromFlags() {
   return request;
 }
 
-absl::StatusOr<ClientSecurity> SecurityFromFlags() {
-  return LoadClientSecurity({absl::GetFlag(FLAGS_tls_ca), absl::GetFlag(FLAGS_tls_cert),
-                             absl::GetFlag(FLAGS_tls_key), absl::GetFlag(FLAGS_tls_server_name),
-                             absl::GetFlag(FLAGS_token), absl::GetFlag(FLAGS_token_file)});
-}
-
 absl::StatusOr<std::unique_ptr<v1::Inference::Stub>> InferenceStub() {
   MOBI_ASSIGN_OR_RETURN(const ClientSecurity security, SecurityFromFlags());
-  return v1::Inference::NewStub(Connect(absl::GetFlag(FLAGS_server), security));
+  return v1::Inference::NewStub(ConnectNow(absl::GetFlag(FLAGS_server), security));
 }
 
 absl::StatusOr<std::unique_ptr<v1::Precision::Stub>> PrecisionStub() {
   MOBI_ASSIGN_OR_RETURN(const ClientSecurity security, SecurityFromFlags());
-  return v1::Precision::NewStub(Connect(absl::GetFlag(FLAGS_admin), security));
+  return v1::Precision::NewStub(ConnectNow(absl::GetFlag(FLAGS_admin), security));
 }
 
 // Streams one generation to the terminal and returns the text of its first completion.

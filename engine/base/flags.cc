@@ -5,6 +5,7 @@
 
 #include "absl/flags/reflection.h"
 #include "absl/strings/ascii.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
 
@@ -23,7 +24,10 @@ std::string BaseName(std::string_view path) {
 std::map<std::string, absl::CommandLineFlag*, std::less<>> FlagsOf(std::string_view main_file) {
   std::map<std::string, absl::CommandLineFlag*, std::less<>> flags;
   for (const auto& [name, flag] : absl::GetAllFlags()) {
-    if (BaseName(flag->Filename()) == BaseName(main_file)) flags.emplace(std::string(name), flag);
+    const std::string file = BaseName(flag->Filename());
+    if (file == BaseName(main_file) || absl::EndsWith(file, "_flags.cc")) {
+      flags.emplace(std::string(name), flag);
+    }
   }
   return flags;
 }

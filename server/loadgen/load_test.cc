@@ -14,9 +14,10 @@
 namespace mobi {
 
 struct LoadTest::Connection {
-  explicit Connection(const std::shared_ptr<grpc::Channel>& channel)
-      : stub(v1::Inference::NewStub(channel)) {}
+  explicit Connection(std::shared_ptr<grpc::Channel> its_channel)
+      : channel(std::move(its_channel)), stub(v1::Inference::NewStub(channel)) {}
 
+  const std::shared_ptr<grpc::Channel> channel;
   const std::unique_ptr<v1::Inference::Stub> stub;
   std::atomic<int> streams{0};
 };
@@ -87,13 +88,9 @@ class LoadTest::Call final : public grpc::ClientReadReactor<v1::GenerateResponse
 LoadTest::LoadTest(LoadTestOptions options, std::function<std::shared_ptr<grpc::Channel>()> connect,
                    const Prompts& prompts, const Clock& clock)
     : options_(std::move(options)), connect_(std::move(connect)), prompts_(prompts), clock_(clock) {
-  const auto patience = std::chrono::system_clock::now() + std::chrono::seconds(5);
-  for (int i = 0; i < options_.connections; ++i) {
-    const auto channel = connect_();
-    // A failure shows in the requests' statuses.
-    channel->WaitForConnected(patience);
-    connections_.push_back(std::make_unique<Connection>(channel));
-  }
+  for (int i = 0; i < options_.connections; ++i) OpenConnection();
+  // A failure shows in the requests' statuses.
+  for (const auto& connection : connections_) AwaitConnection(*connection->channel);
 }
 
 LoadTest::~LoadTest() = default;
@@ -143,15 +140,33 @@ v1::GenerateRequest LoadTest::MakeRequest(size_t index, Outcome& outcome) const 
   return request;
 }
 
-LoadTest::Connection& LoadTest::PickConnection() {
-  const auto least = std::min_element(
-      connections_.begin(), connections_.end(),
-      [](const auto& a, const auto& b) { return a->streams.load() < b->streams.load(); });
-  if (least != connections_.end() && (*least)->streams < options_.max_streams_per_connection) {
-    return **least;
-  }
+LoadTest::Connection& LoadTest::OpenConnection() {
   connections_.push_back(std::make_unique<Connection>(connect_()));
+  connections_.back()->channel->GetState(/*try_to_connect=*/true);
   return *connections_.back();
+}
+
+// A request that waits for its connection would measure that, so connections are opened ahead of
+// need, and one that is not ready is taken only when the ready ones are full.
+LoadTest::Connection& LoadTest::PickConnection() {
+  Connection* best = nullptr;
+  std::pair<bool, int> best_rank;
+  int room = 0;
+  bool all_ready = true;
+  for (const auto& connection : connections_) {
+    const bool ready = connection->channel->GetState(false) == GRPC_CHANNEL_READY;
+    const int streams = connection->streams;
+    const int left = std::max(options_.max_streams_per_connection - streams, 0);
+    all_ready = all_ready && ready;
+    if (ready) room += left;
+    const std::pair<bool, int> rank(!ready, streams);
+    if (left == 0 || (best != nullptr && best_rank <= rank)) continue;
+    best = connection.get();
+    best_rank = rank;
+  }
+  if (best == nullptr) return OpenConnection();
+  if (all_ready && room <= options_.max_streams_per_connection / 2) OpenConnection();
+  return *best;
 }
 
 void LoadTest::Finished(Call* call) {

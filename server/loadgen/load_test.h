@@ -36,7 +36,7 @@ struct LoadTestOptions {
   uint64_t seed = 1;
   // What still runs so long after the last arrival is cancelled.
   Duration grace = std::chrono::seconds(60);
-  int connections = 4;  // at least; more are opened when all are full
+  int connections = 4;  // at least; more are opened before all are full
   int max_streams_per_connection = 64;
 };
 
@@ -56,6 +56,7 @@ class LoadTest {
   struct Connection;
 
   v1::GenerateRequest MakeRequest(size_t index, Outcome& outcome) const;
+  Connection& OpenConnection();
   Connection& PickConnection();
   void Finished(Call* call);
   void WaitForAll(TimePoint patience);

@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 
+#include "absl/flags/declare.h"
 #include "absl/flags/flag.h"
 #include "absl/flags/reflection.h"
 #include "gmock/gmock.h"
@@ -10,6 +11,8 @@
 ABSL_FLAG(int, max_seqs, 5, "How many.");
 ABSL_FLAG(bool, verbose, false, "Say more.");
 ABSL_FLAG(std::string, model_dir, "demo", "Which.");
+
+ABSL_DECLARE_FLAG(int, shared_flag);
 
 namespace mobi {
 namespace {
@@ -21,8 +24,15 @@ absl::StatusOr<std::vector<std::string>> Parse(std::vector<std::string> argument
                                                std::string_view env_prefix = "") {
   arguments.insert(arguments.begin(), "program");
   std::vector<char*> argv;
+  argv.reserve(arguments.size());
   for (std::string& argument : arguments) argv.push_back(argument.data());
   return ParseFlags(static_cast<int>(argv.size()), argv.data(), __FILE__, env_prefix);
+}
+
+TEST(Flags, ThoseOfLinkedFlagFilesAreTheProgramsToo) {
+  absl::FlagSaver saver;
+  ASSERT_TRUE(Parse({"--shared_flag=4"}).ok());
+  EXPECT_EQ(absl::GetFlag(FLAGS_shared_flag), 4);
 }
 
 TEST(Flags, TakesEveryForm) {
@@ -75,6 +85,7 @@ TEST(Flags, HelpListsFlagsWithDefaults) {
   EXPECT_EQ(FlagsHelp(__FILE__),
             "  --max_seqs (5): How many.\n"
             "  --model_dir (demo): Which.\n"
+            "  --shared_flag (2): Of several programs.\n"
             "  --verbose (false): Say more.\n");
 }
 

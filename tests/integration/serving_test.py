@@ -48,6 +48,12 @@ def check_bad_flags():
         done = subprocess.run([BIN / "mobictl", *arguments], capture_output=True, text=True)
         assert done.returncode == code, f"{arguments}: {done.returncode} {done.stderr}"
         assert done.stderr.count("\n") == 1, done.stderr
+    for arguments, code, word in [(["--tls_cert", BIN / "mobictl"], 2, "--tls_key"),
+                                  (["--token_file", "/none"], 2, "/none"),
+                                  (["--server", free_address()], 1, "no server")]:
+        done = subprocess.run([BIN / "mobi-load", *arguments], capture_output=True, text=True)
+        assert done.returncode == code, f"{arguments}: {done.returncode} {done.stderr}"
+        assert done.stderr.count("\n") == 1 and word in done.stderr, done.stderr
 
 
 def check_policy_reload():
@@ -140,6 +146,13 @@ def make_certificate(folder):
         check=True, capture_output=True)
 
 
+def load(server, *flags):
+    return subprocess.run(
+        [BIN / "mobi-load", "--server", server.data, *server.client, "--rate", "5", "--duration_s",
+         "1", "--prompt_tokens", "4", "--new_tokens", "2", "--json", *flags],
+        capture_output=True, text=True, timeout=120)
+
+
 def check_access():
     """mTLS and tokens with the real programs, the Python client included."""
     with tempfile.TemporaryDirectory() as name:
@@ -161,7 +174,13 @@ def check_access():
             done = server.call("status", *token)
             assert done.returncode == 1 and "lacks the scope admin" in done.stderr, done.stderr
             assert server.call("health").returncode == 0, "health needs a certificate, no token"
+            done = load(server)
+            assert done.returncode == 1 and "UNAUTHENTICATED" in done.stderr, done.stderr
+            done = load(server, *token)
+            assert done.returncode == 0, done.stderr
+            assert json.loads(done.stdout)["reports"][0]["requests"] > 0, done.stdout
             server.client = ca
+            assert "no server" in load(server, *token).stderr, "mobi-load needs one too"
             assert "no server" in server.call("health").stderr, "mTLS needs a client certificate"
             server.stop()
         finally:
