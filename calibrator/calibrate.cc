@@ -207,8 +207,11 @@ absl::Status Calibration::TrainRouters() {
   const auto on_layer = [&](int layer,
                             std::array<RoutingSamples, kNumLinearGroups>& samples) -> absl::Status {
     const auto groups = RoutedGroupsOfLayer(model_.config(), layer);
-    ParallelFor(options_.num_threads, kNumLinearGroups,
-                [&](int64_t g) { routers_[layer][g] = TrainRouter(samples[g], training); });
+    ParallelFor(options_.num_threads, kNumLinearGroups, [&](int64_t g) {
+      routers_[layer][g] = routing.method == RoutingMethod::kGates
+                               ? TrainGates(samples[g], CostsOf(groups[g]), training, routing.gates)
+                               : TrainRouter(samples[g], training);
+    });
     for (int g = 0; g < kNumLinearGroups; ++g) {
       RecordLosses(groups[g], routers_[layer][g], samples[g]);
     }

@@ -19,12 +19,19 @@ NLOHMANN_JSON_SERIALIZE_ENUM(FixedMethod, {{FixedMethod::kNone, "none"},
                                            {FixedMethod::kGptq, "gptq"},
                                            {FixedMethod::kLwc, "lwc"}})
 
+NLOHMANN_JSON_SERIALIZE_ENUM(RoutingMethod,
+                             {{RoutingMethod::kLosses, "losses"}, {RoutingMethod::kGates, "gates"}})
+
 namespace {
 
+constexpr const char* NamesOf(FixedMethod) { return "none, rtn, gptq or lwc"; }
+constexpr const char* NamesOf(RoutingMethod) { return "losses or gates"; }
+
 // False when no method has that name.
-bool ParseMethod(std::string_view name, FixedMethod& method) {
+template <typename Method>
+bool ParseMethod(std::string_view name, Method& method) {
   const nlohmann::json json = std::string(name);
-  method = json.get<FixedMethod>();
+  method = json.get<Method>();
   return nlohmann::json(method) == json;
 }
 
@@ -58,6 +65,11 @@ void VisitRecipe(Recipe& recipe, Visitor&& visit) {
   visit("tuning.train", tuning.train, 0, 1);
   visit("tuning.level_shares", tuning.level_shares, 0, 1);
   visit("tuning.pure_every", tuning.pure_every, 0, 1000000);
+  visit("routing.method", routing.method, 0, 0);
+  visit("routing.gate_bits", routing.gates.bits, 2, 8);
+  visit("routing.gate_budget_weight", routing.gates.budget_weight, 0, 1e6);
+  visit("routing.gate_first_temperature", routing.gates.first_temperature, 1e-3, 1e3);
+  visit("routing.gate_last_temperature", routing.gates.last_temperature, 1e-3, 1e3);
   visit("routing.sequences", routing.sequences, 1, 1024);
   visit("routing.price_tokens", routing.price_tokens, 1, 1 << 20);
   visit("routing.byte_share", routing.byte_share, 0, 1);
@@ -130,9 +142,9 @@ class Reader {
       }
       value.resize(node.size());
       for (size_t i = 0; i < value.size(); ++i) Read(node[i], name, value[i], min, max);
-    } else if constexpr (std::is_same_v<T, FixedMethod>) {
+    } else if constexpr (std::is_enum_v<T>) {
       if (!ParseMethod(node.IsScalar() ? node.Scalar() : "", value)) {
-        Fail(node, absl::StrCat(name, " must be none, rtn, gptq or lwc"));
+        Fail(node, absl::StrCat(name, " must be ", NamesOf(value)));
       }
     } else {
       ReadScalar(node, name, value, min, max);

@@ -2,7 +2,7 @@
 // recorded in the checkpoint. Each section belongs to one piece: statistics (statistics.h), base
 // (base_fit.h), joint (joint_codes.h), refine (code_descent.h, level_fit.h), baseline
 // (fixed_width.h), tuning (scale_tuning.h), routing (routing_samples.h, router_training.h,
-// price_table.h).
+// gate_training.h, price_table.h).
 #ifndef MOBI_CALIBRATOR_RECIPE_H_
 #define MOBI_CALIBRATOR_RECIPE_H_
 
@@ -12,6 +12,7 @@
 
 #include "absl/status/statusor.h"
 #include "calibrator/block_calibration.h"
+#include "calibrator/gate_training.h"
 #include "calibrator/router_training.h"
 #include "calibrator/routing_samples.h"
 #include "calibrator/scale_tuning.h"
@@ -19,7 +20,12 @@
 
 namespace mobi {
 
+// What routers learn: to predict losses (ours), or gates as the paper trains them.
+enum class RoutingMethod { kLosses, kGates };
+
 struct RoutingOptions {
+  RoutingMethod method = RoutingMethod::kLosses;
+  GateOptions gates;
   int64_t sequences = 16;      // that routers learn from; together they are the coherent batch
   int64_t price_tokens = 256;  // of each sequence, run once per price
   double byte_share = 0.04;    // router bytes beside what a token reads at `byte_share_bits`

@@ -5,32 +5,11 @@
 #ifndef MOBI_CALIBRATOR_ROUTER_TRAINING_H_
 #define MOBI_CALIBRATOR_ROUTER_TRAINING_H_
 
-#include <cstdint>
-#include <vector>
-
 #include "calibrator/matrix.h"
+#include "calibrator/router_network.h"
 #include "calibrator/routing_samples.h"
 
 namespace mobi {
-
-// A router on the host. w1 holds values that fp16 holds exactly.
-struct RouterWeights {
-  Matrix w1;  // [num_hidden, cols]
-  std::vector<float> b1;
-  std::vector<float> u;
-  Matrix w2;  // [segments * kNumLevels, num_hidden]
-  std::vector<float> b2;
-
-  int num_hidden() const { return static_cast<int>(w1.rows()); }
-};
-
-struct RouterTrainingOptions {
-  int num_hidden = 8;
-  int epochs = 20;
-  int batch = 256;
-  float learning_rate = 1e-2f;
-  uint64_t seed = 1;
-};
 
 RouterWeights TrainRouter(const RoutingSamples& samples, const RouterTrainingOptions& options);
 

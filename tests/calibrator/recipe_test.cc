@@ -25,8 +25,10 @@ TEST(RecipeTest, RecordsEveryKeySoThatItCanBeReadBack) {
   Recipe recipe;
   recipe.blocks.fit.rounds = 7;
   recipe.routing.training.epochs = 3;
+  recipe.routing.method = RoutingMethod::kGates;
   const nlohmann::json json = RecipeToJson(recipe);
   EXPECT_EQ(json["refine"]["rounds"], 7);
+  EXPECT_EQ(json["routing"]["method"], "gates");
   const auto again = ParseRecipe(json.dump(), "config.json");  // JSON is YAML
   ASSERT_TRUE(again.ok()) << again.status();
   EXPECT_EQ(RecipeToJson(*again), json);
@@ -61,6 +63,8 @@ TEST(RecipeTest, MistakesAreNamedWithFileAndLine) {
             "r.yaml:1: statistics.damping must be within 1e-08 and 10");
   EXPECT_EQ(message("baseline: {method: awq}\n"),
             "r.yaml:1: baseline.method must be none, rtn, gptq or lwc");
+  EXPECT_EQ(message("routing: {method: random}\n"),
+            "r.yaml:1: routing.method must be losses or gates");
   EXPECT_NE(message("a: [1\n"), "");
 }
 

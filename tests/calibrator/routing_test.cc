@@ -6,6 +6,7 @@
 
 #include <cmath>
 
+#include "calibrator/gate_training.h"
 #include "calibrator/linear_algebra.h"
 #include "calibrator/mixed_linear.h"
 #include "calibrator/price_table.h"
@@ -75,6 +76,46 @@ TEST(RouterTrainingTest, SameSeedSameRouterAndHalfExactWeights) {
     EXPECT_EQ(a.w1.data()[i], b.w1.data()[i]);
     EXPECT_EQ(a.w1.data()[i], HalfToFloat(FloatToHalf(a.w1.data()[i])));
   }
+}
+
+// Average bits and mean relative error of a router's choice at `price`.
+std::pair<double, double> Choice(const RouterWeights& router, const RoutingSamples& samples,
+                                 double price) {
+  const std::vector<SegmentCost> costs = CostsOf(Group());
+  const int64_t tokens = samples.inputs.rows();
+  Matrix losses = RouterScores(router, samples.inputs);
+  for (int64_t i = 0; i < losses.size(); ++i) losses.data()[i] = std::exp(losses.data()[i]);
+  std::vector<uint8_t> levels(2 * static_cast<size_t>(tokens));
+  double bits = ChooseLevels(losses, costs, price, {}, levels.data());
+  bits /= static_cast<double>((costs[0].weights + costs[1].weights) * tokens);
+  double error = 0;
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t s = 0; s < 2; ++s) {
+      error += samples.errors(t, s * kNumLevels + levels[s * tokens + t] - 1);
+    }
+  }
+  return {bits, error};
+}
+
+TEST(GateTrainingTest, MeetsItsBudgetSpendsItWhereItCountsAndFollowsTheThreshold) {
+  const RoutingSamples train = Samples(4096, 1), test = Samples(1024, 50);
+  const RouterWeights gates =
+      TrainGates(train, CostsOf(Group()), {.num_hidden = 16, .epochs = 30}, {.bits = 4});
+  // Segments share their gates: what one reads at a threshold, the other reads too.
+  const double at_training = std::exp(-30.0);  // gates of 0
+  const auto [bits, error] = Choice(gates, test, at_training);
+  EXPECT_NEAR(bits, 4, 0.6);
+  double uniform = 0;
+  for (int64_t t = 0; t < 1024; ++t) uniform += test.errors(t, 1) + test.errors(t, 5);
+  EXPECT_LT(error, uniform * std::pow(4.0, 4 - bits));
+  double last = 8.1;
+  for (const double log_price : {-200.0, -60.0, -40.0, -30.0, -20.0, 0.0, 200.0}) {
+    const double now = Choice(gates, test, std::exp(log_price)).first;
+    EXPECT_LE(now, last) << log_price;
+    last = now;
+  }
+  EXPECT_GT(Choice(gates, test, std::exp(-80.0)).first, 7.5);
+  EXPECT_LT(Choice(gates, test, std::exp(20.0)).first, 2.5);
 }
 
 TEST(RoutingTest, AgreesWithTheBackendTokenByTokenAndTogether) {
