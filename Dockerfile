@@ -4,18 +4,22 @@ ARG CPU_BASE=debian:bookworm-slim
 ARG CUDA_BUILD_BASE=nvidia/cuda:13.0.1-devel-ubuntu24.04
 ARG CUDA_BASE=nvidia/cuda:13.0.1-base-ubuntu24.04
 
+# What the programs are built from, and nothing else: a change of tests or docs builds no image anew.
+FROM scratch AS source
+COPY CMakeLists.txt /
+COPY proto /proto
+COPY kernels /kernels
+COPY engine /engine
+COPY calibrator /calibrator
+COPY server /server
+
 FROM ${CPU_BASE} AS build-cpu
 COPY deploy/image/stage.sh /stage.sh
 RUN /stage.sh build-packages
 # A gRPC release such as 1.76.0 from source; empty: the distribution's.
 ARG GRPC_VERSION=""
 RUN /stage.sh grpc "${GRPC_VERSION}"
-COPY CMakeLists.txt /src/
-COPY proto /src/proto
-COPY kernels /src/kernels
-COPY engine /src/engine
-COPY calibrator /src/calibrator
-COPY server /src/server
+COPY --from=source / /src/
 RUN /stage.sh build
 
 FROM ${CUDA_BUILD_BASE} AS build-cuda
@@ -23,12 +27,7 @@ COPY deploy/image/stage.sh /stage.sh
 RUN /stage.sh build-packages
 ARG GRPC_VERSION=""
 RUN /stage.sh grpc "${GRPC_VERSION}"
-COPY CMakeLists.txt /src/
-COPY proto /src/proto
-COPY kernels /src/kernels
-COPY engine /src/engine
-COPY calibrator /src/calibrator
-COPY server /src/server
+COPY --from=source / /src/
 # Empty: every card that the project supports; "90a-real" builds for H100 and H200 alone.
 ARG CUDAARCHS=""
 RUN [ -n "${CUDAARCHS}" ] || unset CUDAARCHS; MOBI_CUDA=ON /stage.sh build
