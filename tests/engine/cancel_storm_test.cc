@@ -31,7 +31,7 @@ class CountingSink final : public TokenSink {
 
 TEST(CancelStorm, EveryBlockComesBack) {
   constexpr int kThreads = 2;
-  constexpr int kRequests = kSanitized ? 5000 : 50000;  // by each
+  constexpr int kRequests = kSanitized ? 5000 : 50000;  // by each, at least
   const TempDir dir;
   TestModelOptions tiny;
   tiny.num_hidden_layers = 1;
@@ -55,7 +55,13 @@ TEST(CancelStorm, EveryBlockComesBack) {
     threads.emplace_back([&, t] {
       std::mt19937 random(t);
       std::vector<RequestId> alive;
-      for (int i = 0; i < kRequests; ++i) {
+      // However slow the machine is, some requests live long enough to be cancelled while they run.
+      const auto enough = [&] {
+        const EngineStats stats = engine.stats();
+        return accepted > kThreads * kRequests / 4 && stats.generation_tokens > 1000 &&
+               stats.prefix_cache_hits > 100;
+      };
+      for (int i = 0; i < kRequests || !enough(); ++i) {
         GenerationRequest request;
         // Few distinct prompts, so that cached blocks are shared.
         request.prompt.assign(1 + random() % 40, static_cast<int32_t>(random() % 3));
@@ -86,15 +92,11 @@ TEST(CancelStorm, EveryBlockComesBack) {
     });
   }
   for (std::thread& thread : threads) thread.join();
-  for (int i = 0; i < 2000 && engine.stats().running_requests + engine.stats().waiting_requests > 0;
-       ++i) {
+  while (engine.stats().running_requests + engine.stats().waiting_requests > 0) {
     std::this_thread::sleep_for(std::chrono::milliseconds(5));
   }
   const EngineStats stats = engine.stats();
   EXPECT_EQ(done, accepted);
-  EXPECT_GT(accepted, kThreads * kRequests / 4) << "too few were accepted to mean anything";
-  EXPECT_GT(stats.generation_tokens, 1000u) << "nothing was cancelled while it ran";
-  EXPECT_GT(stats.prefix_cache_hits, 100u);
   RecordProperty("accepted", accepted);
   RecordProperty("tokens", static_cast<int>(stats.generation_tokens));
   RecordProperty("preemptions", static_cast<int>(stats.preemptions));
