@@ -92,11 +92,9 @@ absl::Status Run() {
 }  // namespace mobi
 
 int main(int argc, char** argv) {
-  if (mobi::WantsHelp(argc, argv)) {
-    std::printf("mobi-calibrate --model DIR --data FILE[,FILE...] --out DIR\n%s",
-                mobi::FlagsHelp(__FILE__).c_str());
+  if (mobi::PrintedHelp(argc, argv, "mobi-calibrate --model DIR --data FILE[,FILE...] --out DIR\n",
+                        __FILE__))
     return 0;
-  }
   const auto positional = mobi::ParseFlags(argc, argv, __FILE__);
   absl::Status status = positional.status();
   if (status.ok() && !positional->empty()) {

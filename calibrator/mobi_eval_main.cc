@@ -282,13 +282,12 @@ absl::Status Run() {
 }  // namespace mobi
 
 int main(int argc, char** argv) {
-  if (mobi::WantsHelp(argc, argv)) {
-    std::printf(
-        "mobi-eval --model DIR (--data FILE | --choices FILE) [--bits 2,3,4,6,8] [--json]\n"
-        "mobi-eval --plot SVG --series NAME=JSON[,NAME=JSON...]\n%s",
-        mobi::FlagsHelp(__FILE__).c_str());
+  if (mobi::PrintedHelp(
+          argc, argv,
+          "mobi-eval --model DIR (--data FILE | --choices FILE) [--bits 2,3,4,6,8] [--json]\n"
+          "mobi-eval --plot SVG --series NAME=JSON[,NAME=JSON...]\n",
+          __FILE__))
     return 0;
-  }
   const auto positional = mobi::ParseFlags(argc, argv, __FILE__);
   absl::Status status = positional.status();
   if (status.ok() && !positional->empty()) {

@@ -15,12 +15,14 @@ ABSL_FLAG(bool, verify, true, "Read everything: checksums of MANIFEST, finite sc
 namespace mobi {
 namespace {
 
-constexpr char kUsage[] = "mobi-inspect DIR [--json] [--noverify]";
+constexpr char kUsage[] =
+    "mobi-inspect DIR [--json] [--noverify]\n"
+    "Tells what a model folder holds and checks that it is sound.\n";
 
 absl::Status Run(int argc, char** argv) {
   MOBI_ASSIGN_OR_RETURN(const std::vector<std::string> arguments, ParseFlags(argc, argv, __FILE__));
   if (arguments.size() != 1) {
-    return absl::InvalidArgumentError(std::string("one model folder is needed: ") + kUsage);
+    return absl::InvalidArgumentError("one model folder is needed, see mobi-inspect --help");
   }
   MOBI_ASSIGN_OR_RETURN(const FolderReport report,
                         InspectFolder(arguments[0], absl::GetFlag(FLAGS_verify)));
@@ -36,11 +38,7 @@ absl::Status Run(int argc, char** argv) {
 }  // namespace mobi
 
 int main(int argc, char** argv) {
-  if (mobi::WantsHelp(argc, argv)) {
-    printf("Usage: %s\nTells what a model folder holds and checks that it is sound.\n%s",
-           mobi::kUsage, mobi::FlagsHelp(__FILE__).c_str());
-    return 0;
-  }
+  if (mobi::PrintedHelp(argc, argv, mobi::kUsage, __FILE__)) return 0;
   const absl::Status status = mobi::Run(argc, argv);
   if (status.ok()) return 0;
   fprintf(stderr, "mobi-inspect: %s\n", std::string(status.message()).c_str());

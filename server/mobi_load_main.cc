@@ -69,7 +69,7 @@ constexpr char kUsage[] =
     "Sends requests at times fixed beforehand, whether or not the server keeps up, and reports\n"
     "latencies from those times, goodput and SLO attainment. For example:\n"
     "  mobi-load --rate 2:20,20:20,2:20 --slo_ttft_ms 500      peak, overload, recovery\n"
-    "  mobi-load --trace azure.csv --time_compression 10 --csv requests.csv\n\n";
+    "  mobi-load --trace azure.csv --time_compression 10 --csv requests.csv\n";
 
 constexpr uint64_t kMaxPromptFile = uint64_t{64} << 20;
 // Of a prompt file; enough for prompts to differ, little enough for one call.
@@ -330,10 +330,7 @@ absl::Status Run() {
 
 int main(int argc, char** argv) {
   setenv("GRPC_VERBOSITY", "NONE", /*overwrite=*/0);  // its errors reach us as statuses
-  if (WantsHelp(argc, argv)) {
-    std::printf("%sFlags:\n%s", kUsage, FlagsHelp(__FILE__).c_str());
-    return 0;
-  }
+  if (PrintedHelp(argc, argv, kUsage, __FILE__)) return 0;
   const auto arguments = ParseFlags(argc, argv, __FILE__, "MOBI_LOAD_");
   absl::Status status = arguments.status();
   if (status.ok() && !arguments->empty()) {

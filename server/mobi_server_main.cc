@@ -60,7 +60,7 @@ constexpr char kUsage[] =
     "Serves a model over gRPC. Every flag may also be given as an environment variable, for "
     "example\n"
     "MOBI_TARGET_BITS=4. Stops on SIGTERM or SIGINT after running requests have ended; SIGHUP\n"
-    "reloads the policy.\n\n";
+    "reloads the policy.\n";
 
 // So long the last statuses have to leave the machine.
 constexpr Duration kLastWords = std::chrono::milliseconds(50);
@@ -285,10 +285,7 @@ int Serve(const std::string& program) {
 
 int main(int argc, char** argv) {
   setenv("GRPC_VERBOSITY", "NONE", /*overwrite=*/0);  // its errors reach us as statuses
-  if (WantsHelp(argc, argv)) {
-    std::printf("%sFlags:\n%s", kUsage, FlagsHelp(__FILE__).c_str());
-    return 0;
-  }
+  if (PrintedHelp(argc, argv, kUsage, __FILE__)) return 0;
   const auto arguments = ParseFlags(argc, argv, __FILE__, "MOBI_");
   if (!arguments.ok()) return Fail(kExitUsage, arguments.status());
   if (absl::GetFlag(FLAGS_version)) {

@@ -66,7 +66,7 @@ constexpr char kUsage[] =
     "  bits N | clear    serve at N average bits for --ttl_s seconds\n"
     "  policy [set FILE | check FILE]   show, replace or only check the policy\n"
     "  drain [undo]      stop taking requests\n"
-    "  health [SERVICE]  exit code 0 when it serves; mobi.v1.Inference is readiness\n\n";
+    "  health [SERVICE]  exit code 0 when it serves; mobi.v1.Inference is readiness\n";
 
 using Arguments = std::vector<std::string>;
 
@@ -328,10 +328,7 @@ int Fail(int code, const std::string& message) {
 
 int main(int argc, char** argv) {
   setenv("GRPC_VERBOSITY", "NONE", /*overwrite=*/0);  // its errors reach us as statuses
-  if (WantsHelp(argc, argv)) {
-    std::printf("%sFlags:\n%s", kUsage, FlagsHelp(__FILE__).c_str());
-    return 0;
-  }
+  if (PrintedHelp(argc, argv, kUsage, __FILE__)) return 0;
   auto arguments = ParseFlags(argc, argv, __FILE__, "MOBICTL_");
   if (!arguments.ok()) return Fail(kExitUsage, std::string(arguments.status().message()));
   if (arguments->empty()) {

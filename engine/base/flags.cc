@@ -1,5 +1,6 @@
 #include "engine/base/flags.h"
 
+#include <cstdio>
 #include <cstdlib>
 #include <map>
 
@@ -42,6 +43,15 @@ absl::Status AssignFromEnvironment(absl::CommandLineFlag& flag, std::string_view
   const std::string name = absl::StrCat(View(prefix), absl::AsciiStrToUpper(flag.Name()));
   const char* value = std::getenv(name.c_str());
   return value == nullptr ? absl::OkStatus() : Assign(flag, value, name);
+}
+
+bool WantsHelp(int argc, char** argv) {
+  for (int i = 1; i < argc; ++i) {
+    const std::string_view argument = argv[i];
+    if (argument == "--") return false;
+    if (argument == "--help" || argument == "-h" || argument == "-help") return true;
+  }
+  return false;
 }
 
 }  // namespace
@@ -97,15 +107,6 @@ absl::StatusOr<std::vector<std::string>> ParseFlags(int argc, char** argv,
   return positional;
 }
 
-bool WantsHelp(int argc, char** argv) {
-  for (int i = 1; i < argc; ++i) {
-    const std::string_view argument = argv[i];
-    if (argument == "--") return false;
-    if (argument == "--help" || argument == "-h" || argument == "-help") return true;
-  }
-  return false;
-}
-
 std::string FlagsHelp(std::string_view main_file) {
   std::string help;
   for (const auto& [name, flag] : FlagsOf(main_file)) {
@@ -114,6 +115,12 @@ std::string FlagsHelp(std::string_view main_file) {
                     flag->Help(), "\n");
   }
   return help;
+}
+
+bool PrintedHelp(int argc, char** argv, std::string_view usage, std::string_view main_file) {
+  if (!WantsHelp(argc, argv)) return false;
+  std::printf("%s\nFlags:\n%s", std::string(usage).c_str(), FlagsHelp(main_file).c_str());
+  return true;
 }
 
 }  // namespace mobi

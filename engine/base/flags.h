@@ -28,11 +28,11 @@ absl::StatusOr<std::vector<std::string>> ParseFlags(int argc, char** argv,
                                                     std::string_view main_file,
                                                     std::string_view env_prefix = "");
 
-// True when argv asks for --help or -h.
-bool WantsHelp(int argc, char** argv);
-
 // "  --name (default): help" of every flag that ParseFlags would set, by name.
 std::string FlagsHelp(std::string_view main_file);
+
+// Where argv asks for --help or -h: prints `usage` and these flags, and returns true.
+bool PrintedHelp(int argc, char** argv, std::string_view usage, std::string_view main_file);
 
 }  // namespace mobi
 

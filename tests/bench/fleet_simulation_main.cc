@@ -421,11 +421,9 @@ absl::Status Simulate() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (WantsHelp(argc, argv)) {
-    std::printf("fleet-simulation --trace CSV --surface JSON --policy YAML [flags]\n\nFlags:\n%s",
-                FlagsHelp(__FILE__).c_str());
+  if (PrintedHelp(argc, argv, "fleet-simulation --trace CSV --surface JSON --policy YAML [flags]\n",
+                  __FILE__))
     return 0;
-  }
   const auto arguments = ParseFlags(argc, argv, __FILE__);
   const absl::Status status = arguments.ok() ? Simulate() : arguments.status();
   if (status.ok()) return 0;

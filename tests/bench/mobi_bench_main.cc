@@ -54,8 +54,7 @@ constexpr char kUsage[] =
     "mobi-bench step|linears|surface [flags]\n"
     "  step     whole decode steps by part, beside the time that their bytes take\n"
     "  linears  sliced matmuls beside OpenBLAS (CPU) or cuBLAS (CUDA)\n"
-    "  surface  step latency over bits and tokens, for mobi-server's controller\n"
-    "Flags:\n";
+    "  surface  step latency over bits and tokens, for mobi-server's controller\n";
 
 // Numbers of a flag, or what it is without one.
 template <typename T, typename Parse>
@@ -211,10 +210,7 @@ absl::Status Run(const std::vector<std::string>& arguments) {
 }  // namespace mobi
 
 int main(int argc, char** argv) {
-  if (mobi::WantsHelp(argc, argv)) {
-    std::printf("%s%s", mobi::kUsage, mobi::FlagsHelp(__FILE__).c_str());
-    return 0;
-  }
+  if (mobi::PrintedHelp(argc, argv, mobi::kUsage, __FILE__)) return 0;
   const auto arguments = mobi::ParseFlags(argc, argv, __FILE__);
   const absl::Status status = arguments.ok() ? mobi::Run(*arguments) : arguments.status();
   if (status.ok()) return 0;

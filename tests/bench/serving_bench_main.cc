@@ -441,10 +441,7 @@ int main(int argc, char** argv) {
   setvbuf(stdout, nullptr, _IOLBF, 0);
   const auto arguments = ParseFlags(argc, argv, __FILE__);
   absl::Status status = arguments.status();
-  if (WantsHelp(argc, argv)) {
-    std::printf("serving-bench [flags]\n\nFlags:\n%s", FlagsHelp(__FILE__).c_str());
-    return 0;
-  }
+  if (PrintedHelp(argc, argv, "serving-bench [flags]\n", __FILE__)) return 0;
   if (const std::string address = absl::GetFlag(FLAGS_client); status.ok() && !address.empty()) {
     const int count = absl::GetFlag(FLAGS_client_count);
     const int tokens = absl::GetFlag(FLAGS_client_tokens);
