@@ -54,9 +54,10 @@ absl::StatusOr<ModelConfig> ConfigOfShape(std::string_view shape) {
   if (shape == "llama-3-8b") return Llama(128256, 4096, 14336, 32, 32, 8, 128, 5e5, false);
   if (shape == "llama-3.2-1b") return Llama(128256, 2048, 8192, 16, 32, 8, 64, 5e5, true);
   if (shape == "llama-3.2-3b") return Llama(128256, 3072, 8192, 28, 24, 8, 128, 5e5, true);
+  if (shape == "wiki-llama") return Llama(8192, 512, 1408, 8, 8, 4, 64, 5e5, true);
   return absl::NotFoundError(absl::StrCat("shape: \"", std::string(shape),
                                           "\" is none of llama-2-7b, llama-3-8b, llama-3.2-1b, "
-                                          "llama-3.2-3b"));
+                                          "llama-3.2-3b, wiki-llama"));
 }
 
 absl::StatusOr<SyntheticWeights> SyntheticWeights::Create(std::string name,

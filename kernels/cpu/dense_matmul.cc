@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "hwy/cache_control.h"
+
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/dense_matmul.cc"
 #include "hwy/foreach_target.h"
@@ -20,6 +22,7 @@ constexpr int kMaxDenseTokens = 256;  // in one pass
 constexpr int64_t kDenseBlockRows = 16;
 constexpr size_t kDenseChunk = 512;  // columns of a block of rows that stay in the first cache
 constexpr size_t kDenseChunkStride = kDenseChunk + 16;
+constexpr size_t kStreamChunk = 128;  // columns of four rows, asked for ahead at a time
 // From so many tokens on, converting weights once pays for writing them out.
 constexpr int kMinBlockedTokens = 5;
 
@@ -57,11 +60,26 @@ struct Tail {
   }
 };
 
+// Asks for what lies as far behind four rows as they are long together: the next four, when rows
+// are contiguous. The processor's own foresight ends with a page, which rows often are.
+template <class Weight>
+HWY_INLINE void PrefetchRowsAhead(const Weight* const* rows, size_t begin, size_t end) {
+  const size_t ahead = 4 * static_cast<size_t>(rows[1] - rows[0]);
+  for (size_t i = begin; i < end; i += 64 / sizeof(Weight)) {
+    for (int r = 0; r < 4; ++r) hwy::Prefetch(rows[r] + i + ahead);
+  }
+}
+
 // Four rows against a few tokens, straight from the weights.
 template <class Weight>
 HWY_INLINE void StreamRows(const DenseJob& job, const Weight* const* rows, float* sums) {
   const size_t cols = job.weight.cols, whole = cols / kLanes * kLanes;
-  Dot4RowsTokens(rows, job.x.data(), 0, job.num_tokens, whole, sums);
+  for (size_t begin = 0; begin < whole; begin += kStreamChunk) {
+    const size_t end = std::min(begin + kStreamChunk, whole);
+    const Weight* at[4] = {rows[0] + begin, rows[1] + begin, rows[2] + begin, rows[3] + begin};
+    PrefetchRowsAhead(rows, begin, end);
+    Dot4RowsTokens(at, job.x.data(), begin, job.num_tokens, end - begin, sums);
+  }
   if (whole == cols) return;
   Tail<Weight> tails[4];
   const Weight* tail_rows[4];

@@ -5,6 +5,7 @@
 #include <bit>
 #include <cstddef>
 #include <cstring>
+#include <utility>
 
 #include "hwy/cache_control.h"
 
@@ -317,6 +318,80 @@ struct MultiplyTokens {
   }
 };
 
+// Lines of a tile that one token is multiplied with at a time. Each is two chains of dependent
+// sums; four lines fill the multipliers and share the input's loads, as far as registers go.
+#if HWY_TARGET == HWY_AVX3
+template <int Level>
+constexpr size_t kLinesAtOnce = Level == 1 ? 4 : 2;
+#else
+template <int Level>
+constexpr size_t kLinesAtOnce = 1;
+#endif
+
+// Some lines of a tile against a field of one token's input.
+template <int Level, int Pair, int Odd, size_t Lines>
+HWY_INLINE void MultiplyField(const RowWeights<Level, 0> (&row0)[Lines],
+                              const RowWeights<Level, 1> (&row1)[Lines],
+                              const Codes<Level> (&codes)[Lines], const float* HWY_RESTRICT x,
+                              Floats (&sum0)[Lines], Floats (&sum1)[Lines]) {
+  const Floats v = hn::Load(FloatTag(), x + (2 * Pair + Odd) * kLanes);
+  for (size_t i = 0; i < Lines; ++i) {
+    sum0[i] = hn::MulAdd(row0[i].template Get<Pair, Odd>(codes[i]), v, sum0[i]);
+    sum1[i] = hn::MulAdd(row1[i].template Get<Pair, Odd>(codes[i]), v, sum1[i]);
+  }
+}
+
+// Lines g + I of the tile at byte `at` of each slice against one group of one token's input.
+template <int Level, size_t... I>
+HWY_INLINE void MultiplyLines(const SlicedWeight& weight, const TileScales& scales, size_t at,
+                              size_t g, const float* HWY_RESTRICT x, float* HWY_RESTRICT sums,
+                              std::index_sequence<I...>) {
+  const FloatTag d;
+  const RowWeights<Level, 0> row0[] = {
+      RowWeights<Level, 0>(scales.range[g + I], scales.base[g + I])...};
+  const RowWeights<Level, 1> row1[] = {
+      RowWeights<Level, 1>(scales.range[g + I + 8], scales.base[g + I + 8])...};
+  Floats sum0[] = {hn::Load(d, sums + (g + I) * kLanes)...};
+  Floats sum1[] = {hn::Load(d, sums + (g + I + 8) * kLanes)...};
+  for (size_t part = 0; part < kPartsOfLine; ++part, x += kFieldsOfWord * kLanes) {
+    const Codes<Level> codes[] = {
+        LoadCodes<Level>(weight.slices, at + ((g + I) * kLineWords + part * kLanes) * 4)...};
+    MultiplyField<Level, 0, 0>(row0, row1, codes, x, sum0, sum1);
+    MultiplyField<Level, 0, 1>(row0, row1, codes, x, sum0, sum1);
+    MultiplyField<Level, 1, 0>(row0, row1, codes, x, sum0, sum1);
+    MultiplyField<Level, 1, 1>(row0, row1, codes, x, sum0, sum1);
+    MultiplyField<Level, 2, 0>(row0, row1, codes, x, sum0, sum1);
+    MultiplyField<Level, 2, 1>(row0, row1, codes, x, sum0, sum1);
+    MultiplyField<Level, 3, 0>(row0, row1, codes, x, sum0, sum1);
+    MultiplyField<Level, 3, 1>(row0, row1, codes, x, sum0, sum1);
+  }
+  (hn::Store(sum0[I], d, sums + (g + I) * kLanes), ...);
+  (hn::Store(sum1[I], d, sums + (g + I + 8) * kLanes), ...);
+}
+
+// One token against one tile of rows, the same sums in the same order as DotTile.
+template <int Level>
+HWY_NOINLINE void DotTileOneToken(const SlicedWeight& weight, int64_t tile,
+                                  const float* HWY_RESTRICT x, float* HWY_RESTRICT sums) {
+  constexpr size_t kLines = kLinesAtOnce<Level>;
+  const int64_t groups = weight.cols / kGroupSize;
+  for (int64_t group = 0; group < groups; ++group) {
+    const int64_t index = tile * groups + group;
+    const TileScales scales(weight.scales[Level - 1] + index * kTileRows * 2);
+    hwy::Prefetch(weight.scales[Level - 1] + (index + kTilesAhead) * kTileRows * 2);
+    for (size_t g = 0; g < kTileRows / 2; g += kLines) {
+      const size_t ahead = (index + kTilesAhead) * kTileBytes + g * kLineWords * 4;
+      for (int s = 0; s < Level; ++s) {
+        for (size_t i = 0; i < kLines; ++i) {
+          hwy::Prefetch(weight.slices[s] + ahead + i * kLineWords * 4);
+        }
+      }
+      MultiplyLines<Level>(weight, scales, index * kTileBytes, g, x + group * kGroupSize, sums,
+                           std::make_index_sequence<kLines>());
+    }
+  }
+}
+
 // T tokens against one tile of rows: the weights never leave the registers.
 template <int Level, int T>
 HWY_NOINLINE void DotTile(const SlicedWeight& weight, int64_t tile, const float* const* x,
@@ -325,14 +400,7 @@ HWY_NOINLINE void DotTile(const SlicedWeight& weight, int64_t tile, const float*
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t index = tile * groups + group;
     const TileScales scales(weight.scales[Level - 1] + index * kTileRows * 2);
-    if constexpr (T == 1) {
-      hwy::Prefetch(weight.scales[Level - 1] + (index + kTilesAhead) * kTileRows * 2);
-    }
     for (size_t g = 0; g < kTileRows / 2; ++g) {
-      if constexpr (T == 1) {
-        const size_t ahead = (index + kTilesAhead) * kTileBytes + g * kLineWords * 4;
-        for (int s = 0; s < Level; ++s) hwy::Prefetch(weight.slices[s] + ahead);
-      }
       const RowWeights<Level, 0> row0(scales.range[g], scales.base[g]);
       const RowWeights<Level, 1> row1(scales.range[g + 8], scales.base[g + 8]);
       MultiplyTokens<T> multiply{x, group * kGroupSize, {}, {}};
@@ -389,7 +457,7 @@ float* TileAtLevel(const SlicedWeight& weight, int64_t tile, const float* const*
   float* sums = scratch + kTileRows * kChunkStride;
   ZeroSums(sums, num_tokens);
   if (num_tokens == 1) {
-    DotTile<Level, 1>(weight, tile, x, sums);
+    DotTileOneToken<Level>(weight, tile, x[0], sums);
   } else if (num_tokens == 2) {
     DotTile<Level, 2>(weight, tile, x, sums);
   } else if (num_tokens == 3) {

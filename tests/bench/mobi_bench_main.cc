@@ -27,8 +27,9 @@
 #include "step_command.h"
 #include "stopwatch.h"
 
-ABSL_FLAG(std::string, model, "llama-3.2-1b",
-          "a shape (llama-3.2-1b, llama-3.2-3b, llama-3-8b, llama-2-7b) or a model folder");
+ABSL_FLAG(
+    std::string, model, "llama-3.2-1b",
+    "a shape (llama-3.2-1b, llama-3.2-3b, llama-3-8b, llama-2-7b, wiki-llama) or a model folder");
 ABSL_FLAG(int, layers, 0, "decoder layers of a shape; 0: all");
 ABSL_FLAG(std::string, device, "cpu", "cpu, cuda or auto");
 ABSL_FLAG(int, threads, 0, "CPU threads; 0: one per usable core");
