@@ -48,7 +48,7 @@ uint64_t PrefixCache::Insert(uint64_t chain, absl::Span<const int32_t> tokens, i
     Evict(old);
     allocator_.SetCached(old, false);
   }
-  if (!by_hash_.contains(hash) && !by_block_.contains(block)) {
+  if (!by_hash_.contains(hash) && !by_block_.contains(block) && !allocator_.leaving(block)) {
     by_hash_[hash] = {chain, block, bits, {tokens.begin(), tokens.end()}};
     by_block_[block] = hash;
     allocator_.SetCached(block, true);

@@ -34,8 +34,8 @@ class PrefixCache {
   Hit Acquire(uint64_t seed, absl::Span<const int32_t> tokens, float min_bits);
 
   // Makes a full block known: the chain before it, its tokens, and the bits its KV was computed at.
-  // A block of equal tokens that is already known stays, unless its bits are fewer. Returns the
-  // chain that ends in the block.
+  // A block of equal tokens that is already known stays, unless its bits are fewer; one that is
+  // leaving does not become known. Returns the chain that ends in the block.
   uint64_t Insert(uint64_t chain, absl::Span<const int32_t> tokens, int32_t block, float bits);
 
   void Evict(int32_t block);

@@ -53,6 +53,7 @@ std::vector<ScheduledChunk> Scheduler::Schedule(TimePoint now, const StepPace* p
   std::vector<ScheduledChunk> plan;
   int budget = options_.max_num_batched_tokens;
   const uint64_t preemptions = preemptions_;
+  short_of_blocks_ = false;
   ScheduleDecodes(plan, budget);
   if (pace != nullptr) {
     budget = std::min(budget, pace->PromptTokensBeside(static_cast<int>(plan.size())));
@@ -62,7 +63,7 @@ std::vector<ScheduledChunk> Scheduler::Schedule(TimePoint now, const StepPace* p
     // A prompt's growth may have preempted a decode planned before it. And where blocks are short
     // nothing new starts.
     std::erase_if(plan, [](const ScheduledChunk& chunk) { return chunk.sequence->blocks.empty(); });
-    full_ = true;
+    full_ = short_of_blocks_ = true;
   } else {
     Admit(plan, budget, now);
   }
@@ -108,7 +109,7 @@ void Scheduler::Admit(std::vector<ScheduledChunk>& plan, int& budget, TimePoint 
     if (blocks_needed + reserve > allocator_.num_free() ||
         !TryGrow(sequence, sequence.num_computed + count)) {
       ReleaseBlocks(sequence);
-      full_ = true;
+      full_ = short_of_blocks_ = true;
       return;  // the first in line waits rather than being overtaken for ever
     }
     prefix_queries_ += static_cast<uint64_t>(sequence.length());
@@ -129,8 +130,8 @@ std::vector<Sequence*>::iterator Scheduler::NextWaiting(TimePoint now) {
   std::tuple<int, bool, uint64_t, RequestId, int> best_rank;
   for (auto it = waiting_.begin(); it != waiting_.end(); ++it) {
     Sequence& s = **it;
-    if (!MayStart(s)) continue;
     const Request& request = *s.request;
+    if (!MayStart(s) || request.needed_levels > resident_levels_) continue;
     s.aged_priority =
         request.spec.priority + static_cast<int>((now - request.arrival) / options_.aging_interval);
     // What was preempted comes first among equals: work has gone into it.
@@ -191,6 +192,16 @@ void Scheduler::Preempt(Sequence& sequence) {
   sequence.preempted = true;
   std::erase(running_, &sequence);
   waiting_.push_back(&sequence);
+}
+
+void Scheduler::Vacate() {
+  const std::vector<Sequence*> order = running_;
+  for (Sequence* sequence : order) {
+    const std::vector<int32_t>& blocks = sequence->blocks;
+    const bool holds = std::any_of(blocks.begin(), blocks.end(),
+                                   [this](int32_t block) { return allocator_.leaving(block); });
+    if (holds) Preempt(*sequence);
+  }
 }
 
 void Scheduler::InsertRunning(Sequence* sequence) {

@@ -51,10 +51,16 @@ class Scheduler {
   void Computed(const ScheduledChunk& chunk, float kv_bits);
   // Frees what the sequence holds and forgets it; also for sequences that never ran.
   void Remove(Sequence& sequence);
+  // Requests that need more levels than this wait, and hold nobody up.
+  void SetResidentLevels(int levels) { resident_levels_ = levels; }
+  // Preempts whoever holds a block that is leaving.
+  void Vacate();
 
   bool idle() const { return running_.empty() && waiting_.empty(); }
   // The last plan left sequences waiting for others to end, not only for its budget of tokens.
   bool full() const { return full_; }
+  // More blocks would have let it run more.
+  bool short_of_blocks() const { return short_of_blocks_; }
   int num_waiting() const { return static_cast<int>(waiting_.size()); }
   int num_running() const { return static_cast<int>(running_.size()); }
   uint64_t preemptions() const { return preemptions_; }
@@ -90,7 +96,9 @@ class Scheduler {
   std::vector<Sequence*> waiting_;
   std::vector<Sequence*> running_;  // in order of service
   absl::flat_hash_map<std::string, Tenant> tenants_;
+  int resident_levels_ = kNumLevels;
   bool full_ = false;
+  bool short_of_blocks_ = false;
   uint64_t preemptions_ = 0;
   uint64_t prefix_queries_ = 0;
   uint64_t prefix_hits_ = 0;

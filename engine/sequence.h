@@ -40,6 +40,7 @@ struct Request {
   RequestId id = 0;
   GenerationRequest spec;
   TokenSink* sink = nullptr;
+  int needed_levels = 1;            // that must be in memory for it to run, see NeededLevels
   std::vector<Sequence> sequences;  // spec.n of them
   TimePoint arrival;
   std::optional<TimePoint> first_scheduled;

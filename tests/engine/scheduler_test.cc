@@ -32,10 +32,11 @@ class Simulation {
       ASSERT_LT(step, 20000) << "starvation: " << live_.size() << " requests never end";
       while (added < num_requests && Draw(0, 3) == 0) Add(++added);
       if (!live_.empty() && Draw(0, 40) == 0) Cancel();
+      ChangeMemory();
       const auto plan = scheduler_.Schedule(TimePoint{} + step * std::chrono::milliseconds(50));
       CheckPlan(plan);
       for (const ScheduledChunk& chunk : plan) Compute(chunk);
-      if (!scheduler_.idle() && plan.empty()) ++idle_steps_;
+      if (AnyMayRun() && plan.empty()) ++idle_steps_;
       ASSERT_LT(idle_steps_, 3) << "work waits but nothing is scheduled";
       if (!plan.empty()) idle_steps_ = 0;
       EndFinished();
@@ -43,11 +44,13 @@ class Simulation {
       if (testing::Test::HasFatalFailure()) return;
     }
     EXPECT_TRUE(scheduler_.idle());
-    EXPECT_EQ(allocator_.num_free(), num_blocks_) << "blocks leaked";
+    EXPECT_EQ(allocator_.num_free(), allocator_.num_blocks()) << "blocks leaked";
+    EXPECT_EQ(allocator_.num_leaving(), 0);
   }
 
   uint64_t preemptions() const { return scheduler_.preemptions(); }
   uint64_t prefix_hits() const { return scheduler_.prefix_hits(); }
+  int shrinks() const { return shrinks_; }
 
  private:
   int Draw(int low, int high) { return std::uniform_int_distribution<int>(low, high)(random_); }
@@ -57,9 +60,28 @@ class Simulation {
     return options_;
   }
 
+  // Plays slice residency: slices leave and their bytes become blocks, both come back; requests
+  // that need what is away wait for it.
+  void ChangeMemory() {
+    if (Draw(0, 15) != 0) return;
+    int needed = 1;
+    for (const auto& [id, request] : live_) needed = std::max(needed, request->needed_levels);
+    const bool leave = Draw(0, 1) == 0;
+    resident_levels_ = leave ? std::max(needed, 2) : kNumLevels;
+    scheduler_.SetResidentLevels(resident_levels_);
+    const int blocks = num_blocks_ + (kNumLevels - resident_levels_) * extra_blocks_;
+    shrinks_ += blocks < allocator_.num_blocks();
+    allocator_.Resize(blocks);
+    if (Draw(0, 1) == 0) {
+      scheduler_.Vacate();
+      ASSERT_EQ(allocator_.num_leaving(), 0) << "whoever held them was preempted";
+    }
+  }
+
   void Add(int id) {
     auto request = std::make_unique<Request>();
     request->id = id;
+    request->needed_levels = Draw(0, 5) == 0 ? Draw(1, kNumLevels) : 1;
     request->spec.priority = Draw(0, 2);
     request->spec.tenant = std::string(1, static_cast<char>('a' + Draw(0, 2)));
     request->spec.n = Draw(1, 3);
@@ -94,6 +116,7 @@ class Simulation {
       ASSERT_TRUE(seen.insert(chunk.sequence).second) << "a sequence runs twice in a step";
       ASSERT_FALSE(s.finished);
       ASSERT_GT(chunk.count, 0);
+      ASSERT_LE(s.request->needed_levels, resident_levels_);
       ASSERT_EQ(chunk.begin, s.num_computed);
       ASSERT_LE(chunk.begin + chunk.count, s.length());
       ASSERT_GE(static_cast<int>(s.blocks.size()) * options_.block_size, chunk.begin + chunk.count);
@@ -136,12 +159,23 @@ class Simulation {
         }
       }
     }
-    int used = 0;
+    int used = 0, leaving = 0;
     for (const auto& [block, count] : held) {
       ASSERT_EQ(allocator_.references(block), count);
-      ++used;
+      ++(allocator_.leaving(block) ? leaving : used);
     }
-    ASSERT_EQ(allocator_.num_free(), num_blocks_ - used);
+    ASSERT_EQ(allocator_.num_free(), allocator_.num_blocks() - used);
+    ASSERT_EQ(allocator_.num_leaving(), leaving);
+  }
+
+  // Somebody waits or runs who needs no level that is away.
+  bool AnyMayRun() const {
+    return std::any_of(live_.begin(), live_.end(), [this](const auto& entry) {
+      const auto& sequences = entry.second->sequences;
+      return entry.second->needed_levels <= resident_levels_ &&
+             std::any_of(sequences.begin(), sequences.end(),
+                         [](const Sequence& s) { return !s.finished; });
+    });
   }
 
   std::mt19937_64 random_;
@@ -153,20 +187,26 @@ class Simulation {
   Scheduler scheduler_;
   std::map<int, std::unique_ptr<Request>> live_;
   int idle_steps_ = 0;
+  const int extra_blocks_ = Draw(0, 8);
+  int resident_levels_ = kNumLevels;
+  int shrinks_ = 0;
 };
 
 TEST(SchedulerSimulation, KeepsItsInvariantsOver20000Seeds) {
   uint64_t preemptions = 0, hits = 0;
+  int shrinks = 0;
   for (uint64_t seed = 0; seed < 20000; ++seed) {
     Simulation simulation(seed);
     simulation.Run();
     ASSERT_FALSE(HasFatalFailure()) << "seed " << seed;
     preemptions += simulation.preemptions();
     hits += simulation.prefix_hits();
+    shrinks += simulation.shrinks();
   }
   // The loads reach what they are meant to test.
   EXPECT_GT(preemptions, 1000u);
   EXPECT_GT(hits, 1000u);
+  EXPECT_GT(shrinks, 1000);
 }
 
 // Served by hand: one sequence at a time, each a prompt alone.
