@@ -382,6 +382,10 @@ absl::StatusOr<RouterTensors> Checkpoint::RouterOf(std::string_view router, int 
   return tensors;
 }
 
+void Checkpoint::ReleasePages() const {
+  for (const SafetensorsFile& file : files_) file.ReleasePages();
+}
+
 // What MANIFEST has to cover: everything that the program reads from the folder.
 std::vector<std::string> Checkpoint::FilesRead() const {
   std::vector<std::string> names = {kConfigName};

@@ -66,6 +66,8 @@ class Checkpoint final : public WeightSource {
   absl::StatusOr<RouterTensors> RouterOf(std::string_view router, int num_segments,
                                          int64_t cols) const override;
 
+  void ReleasePages() const override;
+
   const std::vector<SafetensorsFile>& files() const { return files_; }
   // Files that MANIFEST covers and that were found to match; 0 when it was not verified.
   int verified_files() const { return verified_files_; }

@@ -1,6 +1,7 @@
 #include "engine/engine.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <deque>
 #include <thread>
@@ -17,25 +18,36 @@
 #include "engine/prefix_cache.h"
 #include "engine/sampling.h"
 #include "engine/scheduler.h"
+#include "engine/slice_residency.h"
 #include "engine/step_pace.h"
 #include "engine/step_runner.h"
 
 namespace mobi {
 namespace {
 
+// Between looks of an idle engine while slices are away, and between pieces of one that returns.
+constexpr Duration kAwayWait = std::chrono::milliseconds(20);
+constexpr Duration kRestoringWait = std::chrono::milliseconds(1);
+// For restoring between two steps: half as long as the last one, within bounds.
+constexpr Duration kLeastBudget = std::chrono::milliseconds(1);
+constexpr Duration kMostBudget = std::chrono::milliseconds(50);
+constexpr Duration kIdleBudget = std::chrono::milliseconds(20);
+
 class EngineImpl final : public Engine {
  public:
-  EngineImpl(const EngineOptions& options, int max_model_len, Model& model, const Clock& clock,
-             StepRunner runner, int num_kv_blocks)
+  EngineImpl(const EngineOptions& options, int max_model_len, Model& model,
+             const WeightSource& source, const Clock& clock, StepRunner runner)
       : options_(options),
         max_model_len_(max_model_len),
         model_(model),
         clock_(clock),
         runner_(std::move(runner)),
-        allocator_(num_kv_blocks, [this](int32_t block) { cache_.Evict(block); }),
+        allocator_(runner_.kv().num_blocks(), [this](int32_t block) { cache_.Evict(block); }),
         cache_(allocator_, options.block_size),
         scheduler_({options.block_size, options.max_num_seqs, options.max_num_batched_tokens},
                    allocator_, cache_),
+        residency_(options.residency, model.slice_planes(), source, runner_.kv(), allocator_,
+                   scheduler_, clock),
         pace_(options.max_decode_slowdown, options.max_num_seqs,
               std::max(1, options.max_num_batched_tokens / 2)),
         admission_(
@@ -69,6 +81,7 @@ class EngineImpl final : public Engine {
   void DrainQueues();
   void EndExpired(TimePoint now);
   Duration PrefillTime(const Request& request) const;
+  void UpdateResidency();
   absl::Status Step();
   void CountCoherent(const StepResult& result, const PrecisionTarget& target);
   void LearnPace(absl::Span<const ScheduledChunk> plan, int started);
@@ -91,6 +104,9 @@ class EngineImpl final : public Engine {
   BlockAllocator allocator_;
   PrefixCache cache_;
   Scheduler scheduler_;
+  SliceResidency residency_;
+  std::array<int, kNumLevels + 1> needing_{};  // requests by the levels that they need
+  bool held_ = false;                          // all that waits, waits for slices
   absl::flat_hash_map<RequestId, std::unique_ptr<Request>> requests_;
   EngineStats counters_;
   StepPace pace_;
@@ -151,6 +167,7 @@ absl::StatusOr<RequestId> EngineImpl::Submit(GenerationRequest spec, TokenSink* 
   request->sink = sink;
   request->arrival = clock_.Now();
   request->usage.prompt_tokens = request->prompt_length();
+  request->needed_levels = NeededLevels(request->spec.precision);
   for (int i = 0; i < request->spec.n; ++i) {
     Sequence& sequence = request->sequences.emplace_back();
     sequence.request = request.get();
@@ -201,6 +218,7 @@ void EngineImpl::Loop() {
   while (WaitForWork()) {
     DrainQueues();
     EndExpired(clock_.Now());
+    UpdateResidency();
     if (!scheduler_.idle()) {
       const absl::Status status = Step();
       if (!status.ok()) Fail(status);
@@ -222,6 +240,13 @@ void EngineImpl::Loop() {
 // False when the engine is to stop.
 bool EngineImpl::WaitForWork() {
   MutexLock lock(mutex_);
+  if (!residency_.settled()) {
+    const bool work = stopping_ || !submitted_.empty() || !cancelled_.empty();
+    if (!work && (scheduler_.idle() || held_)) {
+      wake_.WaitFor(mutex_, residency_.restoring() ? kRestoringWait : kAwayWait);
+    }
+    return !stopping_;
+  }
   while (!stopping_ && submitted_.empty() && cancelled_.empty() && scheduler_.idle()) {
     wake_.Wait(mutex_);
   }
@@ -238,6 +263,7 @@ void EngineImpl::DrainQueues() {
   }
   for (auto& request : submitted) {
     scheduler_.Add(*request);
+    ++needing_[request->needed_levels];
     ++unstarted_;
     requests_.emplace(request->id, std::move(request));
   }
@@ -258,7 +284,8 @@ void EngineImpl::EndExpired(TimePoint now) {
     } else if (!request->first_scheduled && now + PrefillTime(*request) >= request->spec.deadline) {
       EndRequest(*request, FinishReason::kDeadline,
                  absl::DeadlineExceededError("the deadline leaves no time to read the prompt"));
-    } else if (!request->first_scheduled && now - request->arrival > options_.max_queue_wait) {
+    } else if (!request->first_scheduled && now - request->arrival > options_.max_queue_wait &&
+               !residency_.Awaits(request->needed_levels)) {
       EndRequest(*request, FinishReason::kError,
                  absl::ResourceExhaustedError(absl::StrCat(
                      "waited ", ToSeconds(options_.max_queue_wait), " s without being served")));
@@ -272,9 +299,22 @@ Duration EngineImpl::PrefillTime(const Request& request) const {
       std::chrono::duration<double>(pace_.seconds_per_prompt_token() * request.prompt_length()));
 }
 
+void EngineImpl::UpdateResidency() {
+  int needed = NeededLevels(Target().floor_bits);
+  for (int level = needed + 1; level <= kNumLevels; ++level) {
+    if (needing_[level] > 0) needed = level;
+  }
+  const auto half_a_step = std::chrono::duration_cast<Duration>(
+      std::chrono::duration<double>(counters_.last_step_seconds / 2));
+  residency_.Update(needed, scheduler_.idle() || held_
+                                ? kIdleBudget
+                                : std::clamp(half_a_step, kLeastBudget, kMostBudget));
+}
+
 absl::Status EngineImpl::Step() {
   const TimePoint begin = clock_.Now();
   const std::vector<ScheduledChunk> plan = scheduler_.Schedule(begin, &pace_);
+  held_ = plan.empty();
   if (plan.empty()) return absl::OkStatus();
   int started = 0;
   for (const ScheduledChunk& chunk : plan) {
@@ -286,8 +326,10 @@ absl::Status EngineImpl::Step() {
     MutexLock lock(mutex_);
     admission_.Leave(request.spec.priority, request.prompt_length());
   }
-  const PrecisionTarget target = Target();
-  MOBI_ASSIGN_OR_RETURN(StepResult result, runner_.Run(plan, target));
+  PrecisionTarget target = Target();
+  const auto most_bits = static_cast<float>(BitsOfLevel(residency_.resident_levels()));
+  target.target_bits = std::min(target.target_bits, most_bits);
+  MOBI_ASSIGN_OR_RETURN(StepResult result, runner_.Run(plan, target, residency_.resident_levels()));
   const TimePoint now = clock_.Now();
   for (const ChunkResult& chunk : result.chunks) Commit(chunk, target, now);
   CountCoherent(result, target);
@@ -424,6 +466,7 @@ void EngineImpl::FinishEnded(TimePoint now) {
     }
   }
   for (const auto& request : ended) {
+    --needing_[request->needed_levels];
     if (!request->first_scheduled) {
       --unstarted_;
       MutexLock lock(mutex_);
@@ -468,6 +511,7 @@ void EngineImpl::PublishStats() {
     counters_.running_requests += !!request->first_scheduled;
   counters_.num_kv_blocks = allocator_.num_blocks();
   counters_.free_kv_blocks = allocator_.num_free();
+  residency_.FillStats(counters_);
   counters_.preemptions = scheduler_.preemptions();
   counters_.prefix_cache_queries = scheduler_.prefix_queries();
   counters_.prefix_cache_hits = scheduler_.prefix_hits();
@@ -475,6 +519,16 @@ void EngineImpl::PublishStats() {
   counters_.price = runner_.prices().token.Resolve(target.target_bits, target.log_price_trim).price;
   MutexLock lock(mutex_);
   published_ = counters_;
+}
+
+// What the pool may grow to when slices leave.
+int MostBlocks(const EngineOptions& options, int num_blocks, size_t block_bytes, Model& model) {
+  const SlicePlanes& planes = model.slice_planes();
+  if (!options.residency.enabled || !planes.can_drop().ok()) return num_blocks;
+  for (int level = options.residency.min_levels + 1; level <= kNumLevels; ++level) {
+    num_blocks += static_cast<int>(planes.plane_bytes(level) / block_bytes);
+  }
+  return num_blocks;
 }
 
 }  // namespace
@@ -487,6 +541,14 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
     return absl::InvalidArgumentError(
         "max_num_seqs and block_size must be positive, max_num_batched_tokens at least "
         "max_num_seqs");
+  }
+  const ResidencyOptions& residency = options.residency;
+  if (residency.min_levels < 1 || residency.min_levels > kNumLevels ||
+      residency.dwell <= Duration::zero() || residency.patience <= Duration::zero() ||
+      !(residency.restore_usage > 0 && residency.restore_usage <= 1)) {
+    return absl::InvalidArgumentError(
+        "residency: min_levels must be in 1..4, dwell and patience positive, restore_usage in "
+        "(0, 1]");
   }
   const int positions = model.max_positions();
   const int max_model_len =
@@ -506,7 +568,8 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
                      "max_model_len"));
   }
   MOBI_ASSIGN_OR_RETURN(KvCache kv,
-                        KvCache::Create(model.config(), num_blocks, options.block_size, backend));
+                        KvCache::Create(model.config(), num_blocks, options.block_size, backend,
+                                        MostBlocks(options, num_blocks, block_bytes, model)));
   const auto token = source.price_table();
   // A checkpoint without a table for shared levels is priced by the other; the inner loop corrects.
   const auto coherent =
@@ -516,8 +579,8 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
                       std::max(1, source.coherent_batch())};
   MOBI_ASSIGN_OR_RETURN(StepRunner runner, StepRunner::Create(options, max_model_len, model, prices,
                                                               std::move(kv), backend));
-  return std::make_unique<EngineImpl>(options, max_model_len, model, clock, std::move(runner),
-                                      num_blocks);
+  return std::make_unique<EngineImpl>(options, max_model_len, model, source, clock,
+                                      std::move(runner));
 }
 
 }  // namespace mobi

@@ -15,6 +15,7 @@
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "engine/base/clock.h"
+#include "engine/residency_policy.h"
 #include "kernels/backend.h"
 
 namespace mobi {
@@ -129,6 +130,8 @@ struct PrecisionTarget {
   // themselves, and for decodes that share a level.
   float log_price_trim = 0.0f;
   float coherent_log_price_trim = 0.0f;
+  // The least that load may bring the target to: slices that this needs stay in memory.
+  float floor_bits = 2.0f;
 };
 
 struct EngineOptions {
@@ -149,6 +152,8 @@ struct EngineOptions {
   float max_decode_slowdown = 1.75f;
   // Decode tokens of a step share levels (memory-bound machines); off: every token for itself.
   bool coherent_decode = false;
+  // Slices lend their memory to KV blocks while those are short.
+  ResidencyOptions residency;
 };
 
 // Counters only grow; gauges are of the last step. Sums are over tokens computed (prompt and
@@ -181,6 +186,14 @@ struct EngineStats {
   uint64_t coherent_steps = 0;
   double coherent_target_sum = 0;
   double coherent_trim_sum = 0;
+  // Levels that are in memory, and what they take; blocks that the others' memory is lent as.
+  int resident_levels = kNumLevels;
+  size_t resident_slice_bytes = 0;
+  int lent_kv_blocks = 0;
+  uint64_t slice_drops = 0;
+  uint64_t slice_restores = 0;
+  double slice_change_seconds_sum = 0;  // from decision to effect
+  double last_slice_change_seconds = 0;
   double loaded_bits_sum = 0;  // over steps: bits of weights moved, per weight; divide by steps
   double step_seconds_sum = 0;
   double last_step_seconds = 0;
@@ -192,8 +205,9 @@ struct EngineStats {
 class Engine {
  public:
   // Allocates everything that serving needs: RESOURCE_EXHAUSTED says what does not fit.
-  // `model`, `backend` and `clock` outlive the engine and belong to its thread from now on; of
-  // `source` only the price table is read, now.
+  // `model`, `backend` and `clock` outlive the engine and belong to its thread from now on.
+  // `source` is the model's; its price table is read now, and with residency its slices may be read
+  // as long as the engine lives. Where slices cannot leave memory residency is off.
   static absl::StatusOr<std::unique_ptr<Engine>> Create(const EngineOptions& options, Model& model,
                                                         const WeightSource& source,
                                                         Backend& backend, const Clock& clock);

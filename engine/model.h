@@ -1,7 +1,8 @@
 // A Llama model on a backend: weights in the backend's memory and the one forward pass, the same
 // for float folders and for MoBiQuant checkpoints. Sits between the engine (which decides what
 // runs) and the backend's ops. One thread at a time; immutable after Load but for the activations
-// it is given. Source: Llama 2 and 3 as in Hugging Face transformers (modeling_llama).
+// it is given and the slices that leave and come back. Source: Llama 2 and 3 as in Hugging Face
+// transformers (modeling_llama).
 #ifndef MOBI_ENGINE_MODEL_H_
 #define MOBI_ENGINE_MODEL_H_
 
@@ -14,6 +15,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "engine/model_config.h"
+#include "engine/slice_planes.h"
 #include "engine/weight_source.h"
 #include "kernels/backend.h"
 #include "kernels/sliced_weight.h"
@@ -84,7 +86,8 @@ class Model {
   using Progress = std::function<void(int done, int total)>;  // layers
 
   // Uploads the source's weights. Errors name the tensor; RESOURCE_EXHAUSTED says what does not
-  // fit. The source may go afterwards. max_positions 0: the configuration's.
+  // fit. The source may go afterwards unless slices are to be restored. max_positions 0: the
+  // configuration's.
   static absl::StatusOr<std::unique_ptr<Model>> Load(const WeightSource& source, Backend& backend,
                                                      int max_positions, const Progress& progress);
 
@@ -111,6 +114,8 @@ class Model {
   void Logits(Tensor hidden, Tensor logits) const;
 
   const std::vector<DecoderLayer>& layers() const { return layers_; }
+  // Steps may read the levels that are resident, no others.
+  SlicePlanes& slice_planes() { return slice_planes_; }
 
  private:
   friend class ModelLoader;
@@ -133,6 +138,7 @@ class Model {
   RopeTable rope_;
   std::vector<DecoderLayer> layers_;
   std::vector<Buffer> buffers_;
+  SlicePlanes slice_planes_;
 };
 
 }  // namespace mobi

@@ -52,6 +52,10 @@ class ModelLoader {
     const ModelConfig& config = model_->config_;
     MOBI_RETURN_IF_ERROR(CheckMemory());
     MOBI_RETURN_IF_ERROR(LoadRope());
+    if (model_->routed_) {
+      MOBI_ASSIGN_OR_RETURN(model_->slice_planes_, SlicePlanes::Create(config, backend_));
+      model_->weight_bytes_ += model_->slice_planes_.resident_bytes();
+    }
     MOBI_ASSIGN_OR_RETURN(model_->embedding_, Dense("model.embed_tokens.weight", config.vocab_size,
                                                     config.hidden_size));
     MOBI_ASSIGN_OR_RETURN(model_->final_norm_, Norm("model.norm.weight"));
@@ -225,7 +229,6 @@ class ModelLoader {
       weight.rows += linear.rows;
       weight.segment_end[s] = weight.rows;
     }
-    const std::string& what = group.linears.front().name;
     for (int i = 0; i < kNumSlices; ++i) {
       std::vector<absl::Span<const std::byte>> slices, scales;
       for (const SlicedTensors& part : parts) {
@@ -234,27 +237,13 @@ class ModelLoader {
         scales.push_back({reinterpret_cast<const std::byte*>(part.scales[i].data()),
                           part.scales[i].size() * sizeof(uint16_t)});
       }
-      MOBI_ASSIGN_OR_RETURN(const std::byte* slice, Concatenated(slices, what));
-      MOBI_ASSIGN_OR_RETURN(const std::byte* scale, Concatenated(scales, what));
-      weight.slices[i] = reinterpret_cast<const uint8_t*>(slice);
-      weight.scales[i] = reinterpret_cast<const uint16_t*>(scale);
+      SlicePlanes& planes = model_->slice_planes_;
+      weight.slices[i] = reinterpret_cast<const uint8_t*>(planes.Append(i + 1, slices));
+      weight.scales[i] = reinterpret_cast<const uint16_t*>(planes.Append(i + 1, scales));
     }
     model_->routed_tiles_ += weight.rows / kTileRows * (weight.cols / kGroupSize);
     MOBI_ASSIGN_OR_RETURN(routed.router, LoadRouter(group, weight));
     return routed;
-  }
-
-  absl::StatusOr<const std::byte*> Concatenated(
-      const std::vector<absl::Span<const std::byte>>& parts, std::string_view what) {
-    size_t bytes = 0;
-    for (const auto& part : parts) bytes += part.size();
-    MOBI_ASSIGN_OR_RETURN(std::byte * data, Allocate(bytes, what));
-    size_t at = 0;
-    for (const auto& part : parts) {
-      backend_.Upload(part.data(), part.size(), data + at);
-      at += part.size();
-    }
-    return data;
   }
 
   absl::StatusOr<Router> LoadRouter(const RoutedGroup& group, const SlicedWeight& weight) {

@@ -16,10 +16,13 @@ float PriceTable::PriceOf(float bits) const {
   return std::exp(std::lerp(std::log(below->price), std::log(above->price), t));
 }
 
-TokenPrecision PriceTable::Resolve(float bits, float log_price_trim) const {
-  if (points_.empty() || bits >= kMaxBits) return {1.0f, kNumLevels, kNumLevels};
+TokenPrecision PriceTable::Resolve(float bits, float log_price_trim, int max_level) const {
+  const auto highest = static_cast<uint8_t>(max_level);
+  if (points_.empty() || bits >= static_cast<float>(BitsOfLevel(max_level))) {
+    return {1.0f, highest, highest};
+  }
   if (bits <= kMinBits) return {1.0f, 1, 1};
-  return {PriceOf(bits) * std::exp(log_price_trim), 1, kNumLevels};
+  return {PriceOf(bits) * std::exp(log_price_trim), 1, highest};
 }
 
 float PriceTable::BitsOf(const PrecisionBand& band, const PrecisionTarget& target) {
@@ -28,21 +31,36 @@ float PriceTable::BitsOf(const PrecisionBand& band, const PrecisionTarget& targe
 }
 
 TokenPrecision PriceTable::Resolve(const PrecisionBand& band, float target_bits,
-                                   float log_price_trim) const {
+                                   float log_price_trim, int max_level) const {
   if (band.level != 0) {
-    const auto level = static_cast<uint8_t>(band.level);
+    const auto level = static_cast<uint8_t>(std::min(band.level, max_level));
     return {1.0f, level, level};
   }
-  if (band.pinned()) return Resolve(band.min_bits, 0.0f);
-  return Resolve(std::clamp(target_bits, band.min_bits, band.max_bits), log_price_trim);
+  if (band.pinned()) return Resolve(band.min_bits, 0.0f, max_level);
+  return Resolve(std::clamp(target_bits, band.min_bits, band.max_bits), log_price_trim, max_level);
 }
 
 TokenPrecision Prices::Resolve(const PrecisionBand& band, const PrecisionTarget& target,
-                               int num_coherent) const {
-  if (num_coherent == 0) return token.Resolve(band, target.target_bits, target.log_price_trim);
+                               int num_coherent, int max_level) const {
+  if (num_coherent == 0) {
+    return token.Resolve(band, target.target_bits, target.log_price_trim, max_level);
+  }
   const auto crowd = static_cast<float>(num_coherent) / static_cast<float>(coherent_batch);
   return coherent.Resolve(band, target.target_bits,
-                          target.coherent_log_price_trim + std::log(crowd));
+                          target.coherent_log_price_trim + std::log(crowd), max_level);
+}
+
+int NeededLevels(float floor_bits) {
+  if (floor_bits <= kMinBits) return 1;
+  int level = 1;
+  while (level < kNumLevels && static_cast<float>(BitsOfLevel(level)) < floor_bits + 1) ++level;
+  return level;
+}
+
+int NeededLevels(const PrecisionBand& band) {
+  if (band.level != 0) return band.level;
+  if (band.pinned() && band.min_bits > kMinBits) return kNumLevels;
+  return NeededLevels(band.min_bits);
 }
 
 }  // namespace mobi

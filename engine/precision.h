@@ -33,11 +33,13 @@ class PriceTable {
   float PriceOf(float bits) const;
 
   // At 2 bits and below every linear reads level 1, at 8 bits and above level 4, whatever the
-  // scores say; between them the price decides.
-  TokenPrecision Resolve(float bits, float log_price_trim) const;
+  // scores say; between them the price decides. Levels above max_level are not to be read: bits
+  // that only they could give read that level everywhere.
+  TokenPrecision Resolve(float bits, float log_price_trim, int max_level = kNumLevels) const;
 
   // A request's precision under a target: pinned requests ignore target and trim.
-  TokenPrecision Resolve(const PrecisionBand& band, float target_bits, float log_price_trim) const;
+  TokenPrecision Resolve(const PrecisionBand& band, float target_bits, float log_price_trim,
+                         int max_level = kNumLevels) const;
   // The average bits asked for such a request's tokens.
   static float BitsOf(const PrecisionBand& band, const PrecisionTarget& target);
 
@@ -54,9 +56,15 @@ struct Prices {
 
   // num_coherent: the tokens that share levels with this one; 0: it chooses for itself. Their
   // losses are summed, so the same bits need a price that grows with their number.
-  TokenPrecision Resolve(const PrecisionBand& band, const PrecisionTarget& target,
-                         int num_coherent) const;
+  TokenPrecision Resolve(const PrecisionBand& band, const PrecisionTarget& target, int num_coherent,
+                         int max_level = kNumLevels) const;
 };
+
+// Levels that must be in memory so that at least `floor_bits` can be had on average: routing wants
+// a bit more than the average.
+int NeededLevels(float floor_bits);
+// The same for a request. Pinned to average bits, it may read any level.
+int NeededLevels(const PrecisionBand& band);
 
 }  // namespace mobi
 

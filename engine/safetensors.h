@@ -60,6 +60,7 @@ class SafetensorsFile {
 
   const std::string& path() const { return path_; }
   const std::vector<HostTensor>& tensors() const { return tensors_; }
+  void ReleasePages() const { file_.ReleasePages(); }
   // nullptr when there is none of that name.
   const HostTensor* Find(std::string_view name) const;
 

@@ -57,9 +57,9 @@ absl::StatusOr<StepRunner> StepRunner::Create(const EngineOptions& options, int 
 }
 
 absl::StatusOr<StepResult> StepRunner::Run(absl::Span<const ScheduledChunk> plan,
-                                           const PrecisionTarget& target) {
+                                           const PrecisionTarget& target, int max_level) {
   StepResult result;
-  Layout layout = LayOut(plan, target, result);
+  Layout layout = LayOut(plan, target, max_level, result);
   const int real_tokens =
       layout.first_row.empty() ? 0 : layout.first_row.back() + result.chunks.back().chunk.count;
   Pad(layout);
@@ -84,7 +84,8 @@ absl::StatusOr<StepResult> StepRunner::Run(absl::Span<const ScheduledChunk> plan
 }
 
 StepRunner::Layout StepRunner::LayOut(absl::Span<const ScheduledChunk> plan,
-                                      const PrecisionTarget& target, StepResult& result) {
+                                      const PrecisionTarget& target, int max_level,
+                                      StepResult& result) {
   for (const ScheduledChunk& chunk : plan) result.chunks.emplace_back().chunk = chunk;
   result.coherent_target_bits = SharedBits(plan, target);
   // The decodes that may share a level come first, then those that are pinned or accept less, then
@@ -97,6 +98,7 @@ StepRunner::Layout StepRunner::LayOut(absl::Span<const ScheduledChunk> plan,
   std::stable_sort(result.chunks.begin(), result.chunks.end(),
                    [&](const auto& a, const auto& b) { return rank(a) < rank(b); });
   Layout layout;
+  layout.max_level = max_level;
   layout.key.decode_only = true;
   buffers_.query_start.host[0] = 0;
   PrecisionTarget shared = target;
@@ -118,8 +120,8 @@ void StepRunner::AddChunk(int index, const PrecisionTarget& target, ChunkResult&
   const ScheduledChunk& chunk = result.chunk;
   const Sequence& sequence = *chunk.sequence;
   const GenerationRequest& spec = sequence.request->spec;
-  const TokenPrecision precision =
-      prices_.Resolve(spec.precision, target, result.coherent ? layout.key.num_coherent : 0);
+  const TokenPrecision precision = prices_.Resolve(
+      spec.precision, target, result.coherent ? layout.key.num_coherent : 0, layout.max_level);
   const int first = layout.key.num_tokens, seq = layout.key.num_seqs;
   layout.first_row.push_back(first);
   for (int i = 0; i < chunk.count; ++i) {

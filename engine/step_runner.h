@@ -48,11 +48,13 @@ class StepRunner {
                                            const Model& model, const Prices& prices, KvCache kv,
                                            Backend& backend);
 
-  // INTERNAL: the device has failed.
+  // No token reads a level above max_level; the target is none of more bits. INTERNAL: the device
+  // has failed.
   absl::StatusOr<StepResult> Run(absl::Span<const ScheduledChunk> plan,
-                                 const PrecisionTarget& target);
+                                 const PrecisionTarget& target, int max_level = kNumLevels);
 
   const Prices& prices() const { return prices_; }
+  KvCache& kv() { return kv_; }
 
  private:
   // One row of normalised hidden states whose logits score a prompt token.
@@ -63,6 +65,7 @@ class StepRunner {
   };
   struct Layout {
     StepKey key;
+    int max_level = kNumLevels;
     int num_sampled = 0;
     int num_edits = 0;
     int max_query_len = 1;
@@ -76,7 +79,7 @@ class StepRunner {
   StepRunner(const Model& model, const Prices& prices, KvCache kv, Backend& backend)
       : model_(model), prices_(prices), kv_(std::move(kv)), backend_(backend) {}
 
-  Layout LayOut(absl::Span<const ScheduledChunk> plan, const PrecisionTarget& target,
+  Layout LayOut(absl::Span<const ScheduledChunk> plan, const PrecisionTarget& target, int max_level,
                 StepResult& result);
   void AddChunk(int index, const PrecisionTarget& target, ChunkResult& result, Layout& layout);
   void AddSampling(const Sequence& sequence, int row, int index, Layout& layout);

@@ -77,6 +77,8 @@ class WeightSource {
   virtual absl::Span<const PricePoint> coherent_price_table() const = 0;
   // Tokens that shared a level when that table was measured; 0 without one.
   virtual int coherent_batch() const { return 0; }
+  // Gives back the memory that reading took, where the bytes can be read from elsewhere again.
+  virtual void ReleasePages() const {}
 };
 
 }  // namespace mobi

@@ -249,7 +249,10 @@ void Controller::ApplyLocked() {
   if (engine_ == nullptr) return;
   engine_->SetPrecision({.target_bits = status_.target_bits,
                          .log_price_trim = tracker_.trim,
-                         .coherent_log_price_trim = coherent_tracker_.trim});
+                         .coherent_log_price_trim = coherent_tracker_.trim,
+                         .floor_bits = status_.mode == ControlMode::kOverride
+                                           ? status_.target_bits
+                                           : status_.window.floor_bits});
 }
 
 void Controller::AverageLocked(TimePoint now, const EngineStats& stats) {

@@ -155,6 +155,13 @@ std::string DescribeStatus(const v1::PrecisionStatus& status) {
   absl::StrAppendFormat(&text, "window     %s: %g to %g bits, policy generation %d\n",
                         status.window(), status.floor_bits(), status.ceiling_bits(),
                         status.policy_generation());
+  if (status.elastic()) {
+    absl::StrAppendFormat(
+        &text,
+        "resident   %d bits in %.1f MiB; %d KV blocks lent, slices left %d and returned %d times\n",
+        status.resident_bits(), static_cast<double>(status.resident_slice_bytes()) / (1 << 20),
+        status.lent_kv_blocks(), status.slice_drops(), status.slice_restores());
+  }
   absl::StrAppendFormat(&text, "price      %.3g loss/byte, trim %+.3f%s\n", status.price(),
                         status.log_price_trim(), status.saturated() ? ", saturated" : "");
   if (!status.signals().empty()) {

@@ -27,10 +27,12 @@ absl::StatusOr<std::unique_ptr<ServedModel>> LoadModel(
     const std::function<void(int done, int total)>& progress) {
   auto served = std::make_unique<ServedModel>();
   MOBI_ASSIGN_OR_RETURN(served->backend, CreateBackend(options.device, options.threads));
-  MOBI_ASSIGN_OR_RETURN(served->model, Model::Load(opened.checkpoint, *served->backend,
+  served->checkpoint = std::make_unique<Checkpoint>(std::move(opened.checkpoint));
+  const Checkpoint& checkpoint = *served->checkpoint;
+  MOBI_ASSIGN_OR_RETURN(served->model, Model::Load(checkpoint, *served->backend,
                                                    options.engine.max_model_len, progress));
-  MOBI_ASSIGN_OR_RETURN(served->engine, Engine::Create(options.engine, *served->model,
-                                                       opened.checkpoint, *served->backend, clock));
+  MOBI_ASSIGN_OR_RETURN(served->engine, Engine::Create(options.engine, *served->model, checkpoint,
+                                                       *served->backend, clock));
   served->tokenizer = std::move(opened.tokenizer);
   // Models without a template, or with one that we do not know, serve text.
   served->chat_template = ChatTemplate::Create(*served->tokenizer);
@@ -38,13 +40,17 @@ absl::StatusOr<std::unique_ptr<ServedModel>> LoadModel(
   info.name = options.name.empty() ? ModelNameOf(options.dir) : options.name;
   info.backend = std::string(served->backend->name());
   info.device = served->backend->description();
-  info.config = opened.checkpoint.config();
+  info.config = checkpoint.config();
   info.num_parameters = NumParameters(info.config);
-  info.elastic = opened.checkpoint.quantized();
-  const auto token = opened.checkpoint.price_table();
-  const auto coherent = opened.checkpoint.coherent_price_table();
+  info.elastic = checkpoint.quantized();
+  const auto token = checkpoint.price_table();
+  const auto coherent = checkpoint.coherent_price_table();
   info.prices = {{token.begin(), token.end()}, {coherent.begin(), coherent.end()}};
   info.engine_options = options.engine;
+  checkpoint.ReleasePages();  // the backend has copies
+  if (!options.engine.residency.enabled || !served->model->slice_planes().can_drop().ok()) {
+    served->checkpoint.reset();
+  }
   return served;
 }
 

@@ -202,7 +202,29 @@ void Metrics::AddPrecision(const ControlStatus& control, Families& families) con
             {"mode", ModeName(control.mode)},
             {"generation", absl::StrCat(control.policy_generation)}});
   AddPolicyReloads(control.policy_reloads, families);
+  AddResidency(stats, families);
   AddSignals(control, families);
+}
+
+void Metrics::AddResidency(const EngineStats& stats, Families& families) {
+  Series series(families, {});
+  series.Gauge("mobi_resident_bits", "Bits of the slices in memory; no token reads more.",
+               BitsOfLevel(stats.resident_levels));
+  series.Gauge("mobi_resident_slice_bytes", "Memory of the slices and their scales.",
+               static_cast<double>(stats.resident_slice_bytes));
+  series.Gauge("mobi_kv_blocks", "KV blocks that there are, lent ones included.",
+               stats.num_kv_blocks);
+  series.Gauge("mobi_lent_kv_blocks", "KV blocks in the memory of slices that are away.",
+               stats.lent_kv_blocks);
+  series.Counter("mobi_slice_change_seconds_total",
+                 "Time from deciding that slices leave or return until they had.",
+                 stats.slice_change_seconds_sum);
+  series.Gauge("mobi_last_slice_change_seconds", "The same of the last change.",
+               stats.last_slice_change_seconds);
+  families.push_back(Family("mobi_slice_changes_total",
+                            "Levels whose slices left memory or returned.", MetricType::Counter));
+  AddValue(families.back(), static_cast<double>(stats.slice_drops), {{"change", "leave"}});
+  AddValue(families.back(), static_cast<double>(stats.slice_restores), {{"change", "return"}});
 }
 
 void Metrics::AddSignals(const ControlStatus& control, Families& families) {

@@ -41,6 +41,10 @@ ABSL_FLAG(int, max_num_batched_tokens, 512, "Tokens in one step; long prompts ar
 ABSL_FLAG(int, max_model_len, 0, "Context length; 0: the model's.");
 ABSL_FLAG(int, block_size, 16, "Tokens in one KV block.");
 ABSL_FLAG(int, kv_memory_mib, 256, "Memory for the KV cache.");
+ABSL_FLAG(bool, slice_residency, true,
+          "The highest slices leave memory while KV blocks are short, as far as floors allow.");
+ABSL_FLAG(int, resident_slices, 2, "Slices of 2 bits that never leave, 1 to 4.");
+ABSL_FLAG(double, residency_dwell_s, 10, "Least time between two changes of what is in memory.");
 ABSL_FLAG(bool, coherent_decode, false, "Decodes of a step share levels; for GPUs.");
 ABSL_FLAG(int, max_waiting_requests, 256, "Queue length; beyond it RESOURCE_EXHAUSTED.");
 ABSL_FLAG(int, max_waiting_tokens, 1 << 18, "Prompt tokens in the queue.");
@@ -90,6 +94,9 @@ LoadOptions LoadOptionsFromFlags() {
   engine.block_size = absl::GetFlag(FLAGS_block_size);
   engine.kv_memory_bytes = size_t{1} << 20;
   engine.kv_memory_bytes *= static_cast<size_t>(absl::GetFlag(FLAGS_kv_memory_mib));
+  engine.residency.enabled = absl::GetFlag(FLAGS_slice_residency);
+  engine.residency.min_levels = absl::GetFlag(FLAGS_resident_slices);
+  engine.residency.dwell = Seconds(absl::GetFlag(FLAGS_residency_dwell_s));
   engine.coherent_decode = absl::GetFlag(FLAGS_coherent_decode);
   engine.max_waiting_requests = absl::GetFlag(FLAGS_max_waiting_requests);
   engine.max_waiting_tokens = absl::GetFlag(FLAGS_max_waiting_tokens);
@@ -142,6 +149,7 @@ absl::Status CheckFlags() {
       {"max_waiting_tokens", absl::GetFlag(FLAGS_max_waiting_tokens)},
       {"max_expected_wait_s", absl::GetFlag(FLAGS_max_expected_wait_s)},
       {"max_decode_slowdown", absl::GetFlag(FLAGS_max_decode_slowdown)},
+      {"residency_dwell_s", absl::GetFlag(FLAGS_residency_dwell_s)},
       {"max_queue_wait_s", absl::GetFlag(FLAGS_max_queue_wait_s)},
   };
   for (const auto& [name, value] : positive) {
@@ -156,6 +164,10 @@ absl::Status CheckFlags() {
   }
   if (!(absl::GetFlag(FLAGS_drain_grace_s) >= 0)) {
     return absl::InvalidArgumentError("--drain_grace_s: is below 0");
+  }
+  if (const int slices = absl::GetFlag(FLAGS_resident_slices); slices < 1 || slices > kNumSlices) {
+    return absl::InvalidArgumentError(
+        absl::StrFormat("--resident_slices: %d is out of range [1, %d]", slices, kNumSlices));
   }
   const float bits = absl::GetFlag(FLAGS_target_bits);
   if (!(bits >= kLowestBits && bits <= kHighestBits)) {
@@ -204,6 +216,10 @@ void Announce(const ServedModel& model, const ServerOptions& options, double sec
   std::printf("memory   %.1f MiB weights, %.1f MiB in %d KV blocks of %d tokens, %.1f MiB free\n",
               ToMiB(model.model->weight_bytes()), ToMiB(kv_bytes), stats.num_kv_blocks, block_size,
               ToMiB(model.backend->memory().free));
+  const absl::Status& can_drop = model.model->slice_planes().can_drop();
+  if (info.elastic && info.engine_options.residency.enabled && !can_drop.ok()) {
+    std::printf("slices   stay in memory: %s\n", std::string(can_drop.message()).c_str());
+  }
   std::printf("ports    data %s, admin %s, metrics http://%s/metrics\n", options.listen.c_str(),
               options.admin_listen.c_str(), options.metrics_listen.c_str());
   std::printf("access   %s, %s\n",

@@ -162,6 +162,11 @@ v1::PrecisionStatus PrecisionService::Status() const {
   }
   out.set_bits_deficit(status.bits_deficit);
   out.set_seconds_below_floor(status.seconds_below_floor);
+  out.set_resident_bits(BitsOfLevel(status.engine.resident_levels));
+  out.set_resident_slice_bytes(status.engine.resident_slice_bytes);
+  out.set_lent_kv_blocks(status.engine.lent_kv_blocks);
+  out.set_slice_drops(status.engine.slice_drops);
+  out.set_slice_restores(status.engine.slice_restores);
   FillLoad(status, *out.mutable_load());
   out.mutable_load()->set_ready(services_.state.ready());
   out.mutable_load()->set_draining(services_.state.draining());

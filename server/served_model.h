@@ -8,6 +8,7 @@
 
 #include "absl/status/statusor.h"
 #include "engine/chat_template.h"
+#include "engine/checkpoint.h"
 #include "engine/engine.h"
 #include "engine/model.h"
 #include "engine/model_config.h"
@@ -34,6 +35,7 @@ struct ServedModel {
   // FAILED_PRECONDITION or INVALID_ARGUMENT: why chats are refused.
   absl::StatusOr<ChatTemplate> chat_template = absl::FailedPreconditionError("no chat template");
   std::unique_ptr<Backend> backend;
+  std::unique_ptr<Checkpoint> checkpoint;  // kept where slices may have to be read again
   std::unique_ptr<Model> model;
   std::unique_ptr<Engine> engine;
 };

@@ -37,6 +37,10 @@ absl::StatusOr<MappedFile> MappedFile::Open(const std::string& path, uint64_t ma
   return MappedFile(static_cast<const std::byte*>(data), size);
 }
 
+void MappedFile::ReleasePages() const {
+  if (data_ != nullptr) madvise(const_cast<std::byte*>(data_), size_, MADV_DONTNEED);
+}
+
 MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
   std::swap(data_, other.data_);
   std::swap(size_, other.size_);

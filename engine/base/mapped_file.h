@@ -30,6 +30,8 @@ class MappedFile {
   ~MappedFile();
 
   absl::Span<const std::byte> bytes() const { return {data_, size_}; }
+  // The process no longer holds what it has read; reading again fetches it from the file.
+  void ReleasePages() const;
   std::string_view text() const { return {reinterpret_cast<const char*>(data_), size_}; }
 
  private:

@@ -118,7 +118,10 @@ absl::Status CommitHost(void* at, size_t bytes, std::string_view what) {
 
 void DecommitHost(void* at, size_t bytes) {
   // A fresh mapping in place of the old one: its pages and its claim on memory are gone at once.
-  mmap(at, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
+  if (mmap(at, bytes, PROT_NONE, flags, -1, 0) != MAP_FAILED) return;
+  // No room for another mapping: zeroed pages that can be read are the next best.
+  madvise(at, bytes, MADV_DONTNEED);
 }
 
 void UnreserveHost(void* data, size_t bytes) { munmap(data, std::max(bytes, size_t{1})); }

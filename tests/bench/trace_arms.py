@@ -3,10 +3,11 @@
 
 usage: trace_arms.py BIN_DIR MODEL_DIR TRACE_CSV [options]
 
-Arms: static 8 bits, static 4 bits, elastic between floor and ceiling, and elastic with the measured
-step-latency surface (when --surface names what `mobi-bench surface --out` wrote). Every arm gets the
-same arrivals. The trace is cut into segments, and each segment is played to all arms before the next
-one, so that whatever else happens on the machine meets all of them. All servers stay up meanwhile.
+Arms: static 8 bits, static 4 bits and elastic between floor and ceiling, all with every slice in
+memory; elastic with slice residency; and that with the measured step-latency surface (when --surface
+names what `mobi-bench surface --out` wrote). Every arm gets the same arrivals. The trace is cut into
+segments, and each segment is played to all arms before the next one, so that whatever else happens on
+the machine meets all of them. All servers stay up meanwhile.
 
 The load: the trace is compressed in time until its busiest minute asks for --peak-load times what
 the server at 8 bits was just measured to serve of it.
@@ -23,6 +24,7 @@ import tempfile
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
 from server_process import Server  # noqa: E402
 
+ALL_RESIDENT = "--noslice_residency"
 CLASSES = "classes: {premium: {floor_bits: %g}, standard: {floor_bits: %g}}\n"
 
 
@@ -163,9 +165,10 @@ def main():
     args = arguments()
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
-        servers = [Arm(args, folder, "static 8", static_policy(8)),
-                   Arm(args, folder, "static 4", static_policy(4)),
-                   Arm(args, folder, "elastic", elastic_policy(args))]
+        servers = [Arm(args, folder, "static 8", static_policy(8), ALL_RESIDENT),
+                   Arm(args, folder, "static 4", static_policy(4), ALL_RESIDENT),
+                   Arm(args, folder, "elastic", elastic_policy(args), ALL_RESIDENT),
+                   Arm(args, folder, "elastic with residency", elastic_policy(args))]
         if args.surface:
             servers.append(Arm(args, folder, "elastic with surface", elastic_policy(args),
                                "--surface", args.surface))

@@ -8,40 +8,12 @@
 #include <thread>
 
 #include "tests/engine/collecting_sink.h"
+#include "tests/engine/gate_sink.h"
 #include "tests/engine/loaded_engine.h"
 #include "tests/engine/test_models.h"
 
 namespace mobi {
 namespace {
-
-// Holds the engine's thread at its first token until opened, so that what is submitted meanwhile
-// starts in one step.
-class GateSink final : public TokenSink {
- public:
-  bool OnToken(const TokenEvent&) override {
-    MutexLock lock(mutex_);
-    held_ = true;
-    changed_.NotifyAll();
-    while (!open_) changed_.Wait(mutex_);
-    return false;
-  }
-  void OnDone(const RequestEnd&) override {}
-  void WaitUntilHeld() {
-    MutexLock lock(mutex_);
-    while (!held_) changed_.Wait(mutex_);
-  }
-  void Open() {
-    MutexLock lock(mutex_);
-    open_ = true;
-    changed_.NotifyAll();
-  }
-
- private:
-  Mutex mutex_;
-  CondVar changed_;
-  bool held_ = false;
-  bool open_ = false;
-};
 
 class EngineTest : public testing::Test {
  protected:

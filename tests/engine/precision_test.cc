@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <utility>
 
 namespace mobi {
 namespace {
@@ -57,6 +58,36 @@ TEST(Prices, SharedLevelsArePricedByHowManyShareThem) {
     EXPECT_NEAR(prices.Resolve(any, target, tokens).price,
                 coherent.Resolve(3.0f, 0.5f).price * static_cast<float>(tokens) / 16,
                 coherent.PriceOf(3.0f) * 1e-4f);
+  }
+}
+
+TEST(PriceTable, ACapTakesLevelsAwayAndGivesWhatIsLeftInFull) {
+  const TokenPrecision routed = Table().Resolve(3.0f, 0.0f, /*max_level=*/2);
+  EXPECT_EQ(routed.min_level, 1);
+  EXPECT_EQ(routed.max_level, 2);
+  EXPECT_NEAR(routed.price, 10.0f, 1e-4f);
+  for (const float bits : {6.0f, 7.0f, 8.0f}) {
+    const TokenPrecision capped = Table().Resolve(bits, 0.0f, /*max_level=*/3);
+    EXPECT_EQ(capped.min_level, 3);
+    EXPECT_EQ(capped.max_level, 3);
+  }
+  EXPECT_EQ(Table().Resolve({2.0f, 8.0f, 2}, 8.0f, 0.0f, 3).min_level, 2);
+}
+
+TEST(NeededLevels, FloorsWantRoomAboveThemAndPinnedBitsEverything) {
+  EXPECT_EQ(NeededLevels(PrecisionBand{}), 1);
+  for (int level = 1; level <= kNumLevels; ++level) {
+    EXPECT_EQ(NeededLevels(PrecisionBand{2, 8, level}), level);
+  }
+  EXPECT_EQ(NeededLevels(PrecisionBand{2, 2, 0}), 1) << "reads level 1 alone";
+  for (const float bits : {2.1f, 4.0f, 8.0f}) {
+    EXPECT_EQ(NeededLevels(PrecisionBand{bits, bits, 0}), kNumLevels);
+  }
+  const std::pair<float, int> floors[] = {{2.0f, 1}, {2.5f, 2}, {3.0f, 2}, {3.5f, 3},
+                                          {4.5f, 3}, {5.0f, 3}, {5.5f, 4}, {8.0f, 4}};
+  for (const auto& [floor, levels] : floors) {
+    EXPECT_EQ(NeededLevels(floor), levels) << floor;
+    EXPECT_EQ(NeededLevels(PrecisionBand{floor, 8.5f, 0}), levels) << floor;
   }
 }
 
