@@ -1,11 +1,14 @@
-// The thread between the engine and gRPC: the engine's thread marks a call as having output, this
-// one starts the write. Starting a write may run the whole transport down to sendmsg, which the
-// engine must not pay for. Thread-safe.
+// The threads between the engine and gRPC: the engine's thread marks a call as having output, these
+// start the write. Starting a write may run the whole transport down to sendmsg, which the engine
+// must not pay for. One thread does it as long as it keeps up. With many streams a second one
+// joins: while one is in sendmsg for a connection, what the other writes to the same connection
+// waits and goes out in one packet, which costs a third less a token. Thread-safe.
 #ifndef MOBI_SERVER_WRITE_PUMP_H_
 #define MOBI_SERVER_WRITE_PUMP_H_
 
+#include <array>
+#include <deque>
 #include <thread>
-#include <vector>
 
 #include "absl/base/thread_annotations.h"
 #include "engine/base/mutex.h"
@@ -17,11 +20,11 @@ class WritePump {
   class Source {
    public:
     virtual ~Source() = default;
-    // Runs on the pump's thread once for every Schedule. May delete the source.
+    // Runs on one of the pump's threads once for every Schedule. May delete the source.
     virtual void Pump() = 0;
   };
 
-  WritePump() : thread_([this] { Run(); }) {}
+  WritePump();
   // Runs what was scheduled, then joins.
   ~WritePump();
   WritePump(const WritePump&) = delete;
@@ -31,14 +34,18 @@ class WritePump {
   void Schedule(Source* source);
 
  private:
+  static constexpr size_t kThreads = 2;
+
   void Run();
 
   Mutex mutex_;
   CondVar changed_;
-  std::vector<Source*> scheduled_ ABSL_GUARDED_BY(mutex_);
-  bool waiting_ ABSL_GUARDED_BY(mutex_) = false;
+  std::deque<Source*> scheduled_ ABSL_GUARDED_BY(mutex_);
+  // Threads that run or have been woken, and those of them that have not noticed yet.
+  size_t awake_ ABSL_GUARDED_BY(mutex_) = kThreads;
+  size_t wakeups_ ABSL_GUARDED_BY(mutex_) = 0;
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
-  std::thread thread_;  // last: it uses the others
+  std::array<std::thread, kThreads> threads_;  // last: they use the others
 };
 
 }  // namespace mobi
