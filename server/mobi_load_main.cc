@@ -22,6 +22,7 @@
 #include "server/loadgen/load_report.h"
 #include "server/loadgen/load_test.h"
 #include "server/loadgen/prompts.h"
+#include "server/loadgen/recording.h"
 #include "server/loadgen/trace.h"
 #include "server/rpc_status.h"
 
@@ -59,6 +60,11 @@ ABSL_FLAG(int, connections, 4, "At least; more are opened before all are full.")
 ABSL_FLAG(double, grace_s, 60, "What still runs so long after the last arrival is cancelled.");
 ABSL_FLAG(bool, json, false, "One JSON object instead of tables.");
 ABSL_FLAG(std::string, csv, "", "File to write a line per request to; it must not exist.");
+ABSL_FLAG(std::string, record, "",
+          "File to write prompts, completions and bits to; it must not exist.");
+ABSL_FLAG(std::string, score, "",
+          "Instead of load: score what --record wrote, texts at the recorded bits.");
+ABSL_FLAG(int, score_requests, 500, "Requests to score at most, spread over the file.");
 
 namespace {
 
@@ -71,6 +77,7 @@ constexpr char kUsage[] =
     "  mobi-load --rate 2:20,20:20,2:20 --slo_ttft_ms 500      peak, overload, recovery\n"
     "  mobi-load --trace azure.csv --time_compression 10 --csv requests.csv\n";
 
+constexpr uint64_t kMaxRecording = uint64_t{1} << 30;
 constexpr uint64_t kMaxPromptFile = uint64_t{64} << 20;
 // Of a prompt file; enough for prompts to differ, little enough for one call.
 constexpr size_t kPromptBytes = 256 << 10;
@@ -100,6 +107,7 @@ absl::Status CheckFlags() {
       {"temperature", absl::GetFlag(FLAGS_temperature), 0, 2},
       {"connections", absl::GetFlag(FLAGS_connections), 1, 1000},
       {"grace_s", absl::GetFlag(FLAGS_grace_s), 0, 86400},
+      {"score_requests", absl::GetFlag(FLAGS_score_requests), 1, 1e9},
   };
   for (const auto& [name, value, min, max] : ranges) {
     if (value >= min && value <= max) continue;
@@ -259,8 +267,48 @@ void PrintFirstError(const std::vector<Outcome>& outcomes) {
   }
 }
 
+absl::Status Score(const std::string& path) {
+  MOBI_ASSIGN_OR_RETURN(const MappedFile file, MappedFile::Open(path, kMaxRecording));
+  MOBI_ASSIGN_OR_RETURN(const auto requests, ParseRecording(file.text(), path));
+  const auto stub = v1::Inference::NewStub(Connect(absl::GetFlag(FLAGS_server)));
+  MOBI_ASSIGN_OR_RETURN(const RecordingScore score,
+                        ScoreRecording(*stub, requests, absl::GetFlag(FLAGS_score_requests)));
+  if (absl::GetFlag(FLAGS_json)) {
+    const nlohmann::json json = {{"requests", score.requests},
+                                 {"tokens", score.tokens},
+                                 {"bits", score.bits},
+                                 {"replayed_bits", score.replayed_bits},
+                                 {"text_perplexity", score.text_perplexity},
+                                 {"served_perplexity", score.served_perplexity}};
+    std::printf("%s\n", json.dump().c_str());
+    return absl::OkStatus();
+  }
+  std::printf("%d requests, %lld tokens at %.3f bits\n", score.requests,
+              static_cast<long long>(score.tokens), score.bits);
+  if (score.text_perplexity > 0) {
+    std::printf("perplexity of the text at these bits   %.4f (replayed at %.3f)\n",
+                score.text_perplexity, score.replayed_bits);
+  }
+  std::printf("perplexity of what was served, at 8    %.4f\n", score.served_perplexity);
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::optional<FileWriter>> CreateIfNamed(const std::string& path) {
+  if (path.empty()) return std::nullopt;
+  auto created = FileWriter::Create(path);
+  if (!created.ok()) return absl::InvalidArgumentError(created.status().message());
+  return *std::move(created);
+}
+
+absl::Status Write(std::optional<FileWriter>& file, const std::string& text) {
+  if (!file) return absl::OkStatus();
+  MOBI_RETURN_IF_ERROR(file->WriteAt(0, AsBytes(text)));
+  return file->Close();
+}
+
 absl::Status Run() {
   MOBI_RETURN_IF_ERROR(CheckFlags());
+  if (const std::string path = absl::GetFlag(FLAGS_score); !path.empty()) return Score(path);
   MOBI_ASSIGN_OR_RETURN(LoadTestOptions options, TestOptions());
   const std::string server = absl::GetFlag(FLAGS_server);
   MOBI_ASSIGN_OR_RETURN(const ClientSecurity security, SecurityFromFlags());
@@ -292,13 +340,8 @@ absl::Status Run() {
     }
     watch = *std::move(started);
   }
-  const std::string csv_path = absl::GetFlag(FLAGS_csv);
-  std::optional<FileWriter> csv;
-  if (!csv_path.empty()) {
-    auto created = FileWriter::Create(csv_path);
-    if (!created.ok()) return absl::InvalidArgumentError(created.status().message());
-    csv.emplace(*std::move(created));
-  }
+  MOBI_ASSIGN_OR_RETURN(auto csv, CreateIfNamed(absl::GetFlag(FLAGS_csv)));
+  MOBI_ASSIGN_OR_RETURN(auto record, CreateIfNamed(absl::GetFlag(FLAGS_record)));
   std::fprintf(stderr, "%zu requests in %.1f s to %s (%s)\n", plan.arrivals.size(),
                ToSeconds(plan.end), server.c_str(), model.name().c_str());
   const std::vector<Outcome> outcomes = test.Run(plan.arrivals, start);
@@ -316,10 +359,8 @@ absl::Status Run() {
   }
   PrintFirstError(outcomes);
   Print(model, reports, slo);
-  if (csv) {
-    MOBI_RETURN_IF_ERROR(csv->WriteAt(0, AsBytes(ToCsv(outcomes, slo))));
-    MOBI_RETURN_IF_ERROR(csv->Close());
-  }
+  MOBI_RETURN_IF_ERROR(Write(csv, ToCsv(outcomes, slo)));
+  MOBI_RETURN_IF_ERROR(Write(record, FormatRecording(RecordingOf(outcomes, prompts))));
   const bool any = std::any_of(outcomes.begin(), outcomes.end(),
                                [](const Outcome& outcome) { return outcome.status.ok(); });
   return any || outcomes.empty() ? absl::OkStatus()

@@ -28,6 +28,7 @@ struct Outcome {
   // Between messages with tokens. A message may bring several tokens when the reader is slow.
   std::vector<float> gaps_ms;
   int tokens = 0;
+  std::vector<int32_t> token_ids;
   // From the Summary; only of requests that ended well.
   int prompt_tokens = 0;
   int cached_tokens = 0;

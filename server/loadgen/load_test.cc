@@ -44,7 +44,11 @@ class LoadTest::Call final : public grpc::ClientReadReactor<v1::GenerateResponse
   void OnReadDone(bool ok) override {
     if (!ok) return;
     int tokens = 0;
-    for (const v1::Chunk& chunk : message_.chunks()) tokens += chunk.token_ids_size();
+    for (const v1::Chunk& chunk : message_.chunks()) {
+      tokens += chunk.token_ids_size();
+      outcome_.token_ids.insert(outcome_.token_ids.end(), chunk.token_ids().begin(),
+                                chunk.token_ids().end());
+    }
     if (tokens > 0) {
       const Duration now = Elapsed();
       if (outcome_.tokens == 0) {

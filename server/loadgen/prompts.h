@@ -20,7 +20,9 @@ class Prompts {
  public:
   explicit Prompts(PromptOptions options);
 
+  // A longer prompt of the same request begins with the shorter one.
   std::vector<int32_t> Make(uint64_t request, int length) const;
+  bool from_text() const { return !options_.text.empty(); }
 
  private:
   void Append(uint64_t seed, int length, std::vector<int32_t>& prompt) const;

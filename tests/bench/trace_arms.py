@@ -6,11 +6,15 @@ usage: trace_arms.py BIN_DIR MODEL_DIR TRACE_CSV [options]
 Arms: static 8 bits, static 4 bits and elastic between floor and ceiling, all with every slice in
 memory; elastic with slice residency; and that with the measured step-latency surface (when --surface
 names what `mobi-bench surface --out` wrote). Every arm gets the same arrivals. The trace is cut into
-segments, and each segment is played to all arms before the next one, so that whatever else happens on
-the machine meets all of them. All servers stay up meanwhile.
+segments, and each segment is played to all arms, one after another, before the next one, so that
+whatever else happens on the machine meets all of them. All servers stay up meanwhile.
 
 The load: the trace is compressed in time until its busiest minute asks for --peak-load times what
 the server at 8 bits was just measured to serve of it.
+
+Long replays in pieces: give --out a file and run again with another --begin-s (and --compression as
+the first run printed it); requests add up in the file, and tables are of all of them. --score then
+forces the recorded texts through the model again at the bits of each request, and adds perplexities.
 """
 import argparse
 import collections
@@ -50,7 +54,7 @@ class Arm(Server):
 
 
 def replay(args, server, begin, duration, compression, out=None):
-    """One segment; its report, and the CSV rows of its requests."""
+    """One segment; its report, the CSV rows of its requests, and their recording."""
     command = [args.bin_dir / "mobi-load", "--server", server.data, "--admin", server.admin,
                "--json", "--trace", args.trace, "--trace_begin_s", f"{begin:.3f}",
                "--trace_duration_s", f"{duration:.3f}", "--time_compression", f"{compression:.4f}",
@@ -58,14 +62,19 @@ def replay(args, server, begin, duration, compression, out=None):
                "--slo_itl_ms", f"{args.slo_itl_ms:g}", "--seed", f"{int(begin) + 1}"]
     if args.prompts:
         command += ["--prompts", args.prompts]
+    if args.shared_prefix_tokens:
+        command += ["--shared_prefix_tokens", str(args.shared_prefix_tokens)]
     if out:
-        out.unlink(missing_ok=True)
-        command += ["--csv", out]
+        recording = out.with_suffix(".jsonl")
+        for path in (out, recording):
+            path.unlink(missing_ok=True)
+        command += ["--csv", out, "--record", recording]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     if done.returncode != 0:
         sys.exit(f"mobi-load: {done.stderr.strip()}")
     rows = list(csv.DictReader(out.open())) if out else []
-    return json.loads(done.stdout)["reports"][0], rows
+    lines = recording.read_text() if out else ""
+    return json.loads(done.stdout)["reports"][0], rows, lines
 
 
 def busiest_minute(args):
@@ -86,7 +95,7 @@ def capacity(args, server):
     """Requests per second that the server completes of this trace when far too many come."""
     rates = []
     for i in range(3):
-        report, _ = replay(args, server, args.begin_s + 60 * i, 6 * args.flood, args.flood)
+        report, _, _ = replay(args, server, args.begin_s + 60 * i, 6 * args.flood, args.flood)
         rates.append(report["completed_rps"])
     return sorted(rates)[1]
 
@@ -96,7 +105,8 @@ def percentile(values, q):
     return values[min(len(values) - 1, int(q * len(values)))] if values else 0.0
 
 
-def summarise(name, rows, loaded):
+def summarise(name, arm):
+    rows, loaded = arm["rows"], arm["loaded"]
     ok = [r for r in rows if r["status"] == "OK"]
     tokens = lambda r: int(r["prompt_tokens"]) - int(r["cached_tokens"]) + int(r["tokens"])
     total = sum(map(tokens, ok)) or 1
@@ -109,18 +119,22 @@ def summarise(name, rows, loaded):
         "ttft_p50_ms": percentile([float(r["ttft_ms"]) for r in ok], 0.5),
         "ttft_p95_ms": percentile([float(r["ttft_ms"]) for r in ok], 0.95),
         "per_token_p95_ms": percentile([float(r["time_per_token_ms"]) for r in ok], 0.95),
+        **arm.get("score", {}),
     }
 
 
 def print_table(results):
     print("| arm | SLO attainment | violations | refused | effective bits | loaded bits | "
-          "first token p50 / p95 ms | per token p95 ms |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+          "first token p50 / p95 ms | per token p95 ms | perplexity of the text | of what was "
+          "served, at 8 bits |")
+    print("| --- " * 10 + "|")
     for r in results:
-        loaded = "" if r["mean_loaded_bits"] is None else f"{r['mean_loaded_bits']:.2f}"
+        number = lambda key, form: "" if r.get(key) is None else format(r[key], form)
         print(f"| {r['arm']} | {100 * r['attainment']:.2f} % | {r['violations']} of "
-              f"{r['requests']} | {r['refused']} | {r['mean_effective_bits']:.2f} | {loaded} | "
-              f"{r['ttft_p50_ms']:.0f} / {r['ttft_p95_ms']:.0f} | {r['per_token_p95_ms']:.1f} |")
+              f"{r['requests']} | {r['refused']} | {r['mean_effective_bits']:.2f} | "
+              f"{number('mean_loaded_bits', '.2f')} | "
+              f"{r['ttft_p50_ms']:.0f} / {r['ttft_p95_ms']:.0f} | {r['per_token_p95_ms']:.1f} | "
+              f"{number('text_perplexity', '.3f')} | {number('served_perplexity', '.3f')} |")
 
 
 def print_comparison(results):
@@ -156,51 +170,85 @@ def arguments():
     parser.add_argument("--queue-reference", type=float, default=8)
     parser.add_argument("--surface", help="file that mobi-bench surface wrote")
     parser.add_argument("--prompts", help="text file that prompts are cut from")
+    parser.add_argument("--shared-prefix-tokens", type=int, default=0)
     parser.add_argument("--server-flag", action="append", default=[])
-    parser.add_argument("--out", type=pathlib.Path, help="JSON of the results")
+    parser.add_argument("--out", type=pathlib.Path,
+                        help="file of requests and recordings; what is there is added to")
+    parser.add_argument("--score", type=int, default=0, metavar="N",
+                        help="replay no trace, score N requests an arm of what --out has")
     return parser.parse_args()
+
+
+def elastic_flags(args):
+    """The elastic arms by name: further flags of their servers."""
+    arms = {"elastic": [ALL_RESIDENT], "elastic with residency": []}
+    if args.surface:
+        arms["elastic with surface"] = ["--surface", args.surface]
+    return arms
+
+
+def find_compression(args, servers):
+    rates = {s.name: capacity(args, s) for s in servers[:2]}
+    print("capacity, requests/s:",
+          ", ".join(f"{n} bits {r:.1f}" for n, r in rates.items()), flush=True)
+    return args.peak_load * rates["static 8"] / busiest_minute(args)
+
+
+def replay_segments(args, folder, results):
+    servers = [Arm(args, folder, "static 8", static_policy(8), ALL_RESIDENT),
+               Arm(args, folder, "static 4", static_policy(4), ALL_RESIDENT)]
+    servers += [Arm(args, folder, name, elastic_policy(args), *flags)
+                for name, flags in elastic_flags(args).items()]
+    try:
+        compression = args.compression or find_compression(args, servers)
+        print(f"time compression {compression:.2f}: {args.duration_s / compression:.0f} s an arm, "
+              f"in {args.segments} segments", flush=True)
+        length = args.duration_s / args.segments
+        for i in range(args.segments):
+            for server in servers:
+                report, rows, lines = replay(args, server, args.begin_s + i * length, length,
+                                             compression, folder / "requests.csv")
+                arm = results.setdefault(server.name, {"rows": [], "loaded": [], "recording": ""})
+                arm["rows"] += rows
+                arm["recording"] += lines
+                if report["mean_loaded_bits"] is not None:
+                    arm["loaded"].append(report["mean_loaded_bits"])
+                print(f"segment {i + 1}, {server.name}: attainment "
+                      f"{100 * report['slo_attainment']:.1f} %, effective bits "
+                      f"{report['mean_effective_bits']:.2f}", file=sys.stderr, flush=True)
+    finally:
+        for server in servers:
+            server.stop()
+
+
+def score(args, folder, results):
+    """Perplexities, by a server of its own: load plays no part in them."""
+    with Server(args.bin_dir, "--metrics_listen", "", model=args.model_dir) as server:
+        for name, arm in results.items():
+            path = folder / "recording.jsonl"
+            path.write_text(arm["recording"])
+            done = subprocess.run(
+                [args.bin_dir / "mobi-load", "--server", server.data, "--json", "--score", path,
+                 "--score_requests", str(args.score)], capture_output=True, text=True)
+            if done.returncode != 0:
+                sys.exit(f"mobi-load: {done.stderr.strip()}")
+            arm["score"] = json.loads(done.stdout)
+            print(f"{name}: {arm['score']}", file=sys.stderr, flush=True)
 
 
 def main():
     args = arguments()
+    results = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
     with tempfile.TemporaryDirectory() as temporary:
-        folder = pathlib.Path(temporary)
-        servers = [Arm(args, folder, "static 8", static_policy(8), ALL_RESIDENT),
-                   Arm(args, folder, "static 4", static_policy(4), ALL_RESIDENT),
-                   Arm(args, folder, "elastic", elastic_policy(args), ALL_RESIDENT),
-                   Arm(args, folder, "elastic with residency", elastic_policy(args))]
-        if args.surface:
-            servers.append(Arm(args, folder, "elastic with surface", elastic_policy(args),
-                               "--surface", args.surface))
-        try:
-            compression = args.compression
-            if not compression:
-                rates = {s.name: capacity(args, s) for s in servers[:2]}
-                print("capacity, requests/s:",
-                      ", ".join(f"{n} bits {r:.1f}" for n, r in rates.items()), flush=True)
-                compression = args.peak_load * rates["static 8"] / busiest_minute(args)
-            print(f"time compression {compression:.2f}: {args.duration_s / compression:.0f} s an "
-                  f"arm, in {args.segments} segments", flush=True)
-            rows, loaded = collections.defaultdict(list), collections.defaultdict(list)
-            length = args.duration_s / args.segments
-            for i in range(args.segments):
-                for server in servers:
-                    report, new = replay(args, server, args.begin_s + i * length, length,
-                                         compression, folder / "requests.csv")
-                    rows[server.name] += new
-                    if report["mean_loaded_bits"] is not None:
-                        loaded[server.name].append(report["mean_loaded_bits"])
-                    print(f"segment {i + 1}, {server.name}: attainment "
-                          f"{100 * report['slo_attainment']:.1f} %, effective bits "
-                          f"{report['mean_effective_bits']:.2f}", file=sys.stderr, flush=True)
-        finally:
-            for server in servers:
-                server.stop()
-    results = [summarise(s.name, rows[s.name], loaded[s.name]) for s in servers]
-    print_table(results)
-    print_comparison(results)
+        if args.score:
+            score(args, pathlib.Path(temporary), results)
+        else:
+            replay_segments(args, pathlib.Path(temporary), results)
     if args.out:
-        args.out.write_text(json.dumps({"compression": compression, "arms": results}, indent=1))
+        args.out.write_text(json.dumps(results))
+    summaries = [summarise(name, arm) for name, arm in results.items()]
+    print_table(summaries)
+    print_comparison(summaries)
 
 
 main()

@@ -5,6 +5,7 @@
 #include <atomic>
 
 #include "engine/base/clock.h"
+#include "server/schedule_clock.h"
 
 namespace mobi {
 
