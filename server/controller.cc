@@ -47,6 +47,7 @@ Controller::Controller(const ControllerOptions& options, LoadedPolicy policy, co
     : options_(options),
       clock_(clock),
       prometheus_(std::move(prometheus)),
+      surface_(options.surface),
       signal_reader_(options.signals) {
   MutexLock lock(mutex_);
   PutInForceLocked(std::move(policy));
@@ -59,8 +60,9 @@ void Controller::WatchLatency(const LatencyHistogram& time_to_first_token,
   inter_token_latency_ = &inter_token_latency;
 }
 
-void Controller::Attach(Engine* engine, PriceTables prices) {
+void Controller::Attach(Engine* engine, PriceTables prices, std::optional<StepSurface> surface) {
   MutexLock lock(mutex_);
+  if (surface) surface_ = std::move(surface);
   engine_ = engine;
   prices_ = std::move(prices);
   status_.elastic = !prices_.token.empty();
@@ -196,7 +198,7 @@ void Controller::FollowLoadLocked(TimePoint now, const EngineStats& stats) {
                              {.floor_bits = window.floor_bits,
                               .ceiling_bits = window.ceiling_bits,
                               .readings = readings,
-                              .surface = options_.surface ? &*options_.surface : nullptr,
+                              .surface = surface_ ? &*surface_ : nullptr,
                               .step_tokens = signal_reader_.step_tokens()},
                              now, std::move(pressure_));
   if (override_) {

@@ -126,8 +126,10 @@ class Controller {
   void WatchLatency(const LatencyHistogram& time_to_first_token,
                     const LatencyHistogram& inter_token_latency);
 
-  // `engine` outlives the controller. Sets its target at once.
-  void Attach(Engine* engine, PriceTables prices);
+  // `engine` outlives the controller. Sets its target at once. `surface`, if there is one, counts
+  // from now on instead of the options'.
+  void Attach(Engine* engine, PriceTables prices,
+              std::optional<StepSurface> surface = std::nullopt);
 
   // Reads stats, moves the target.
   void Tick();
@@ -174,6 +176,7 @@ class Controller {
   mutable Mutex mutex_;
   Engine* engine_ ABSL_GUARDED_BY(mutex_) = nullptr;
   PriceTables prices_ ABSL_GUARDED_BY(mutex_);
+  std::optional<StepSurface> surface_ ABSL_GUARDED_BY(mutex_);
   PolicyVersion policy_ ABSL_GUARDED_BY(mutex_);
   ScheduleClockState schedule_clock_ ABSL_GUARDED_BY(mutex_);
   // Of policy_, good from open_since_ until open_.until.

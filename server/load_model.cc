@@ -1,13 +1,42 @@
 #include "server/load_model.h"
 
+#include <algorithm>
 #include <filesystem>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "engine/base/status_macros.h"
+#include "engine/step_surface.h"
 #include "kernels/create_backend.h"
 
 namespace mobi {
+
+namespace {
+
+// Before the engine takes its memory.
+absl::StatusOr<StepSurface> SurfaceOf(const LoadOptions& options, const Model& model,
+                                      const Checkpoint& checkpoint, const Clock& clock) {
+  constexpr int kContext = 256;
+  SurfaceOptions surface;
+  surface.coherent = options.engine.coherent_decode;
+  surface.context = std::min(kContext, model.max_positions());
+  surface.limit = options.surface_limit;
+  const int points = static_cast<int>(surface.bits.size() * surface.sequences.size());
+  surface.per_point = options.surface_limit / (4 * points);
+  std::erase_if(surface.sequences, [&](int n) { return n > options.engine.max_num_seqs; });
+  MOBI_ASSIGN_OR_RETURN(const std::vector<SurfaceRow> rows,
+                        MeasureSurface(model, checkpoint, surface, clock, {}));
+  std::vector<double> tokens;
+  std::vector<std::vector<double>> step_ms(surface.bits.size());
+  for (const SurfaceRow& row : rows) {
+    tokens.push_back(row.sequences);
+    for (size_t i = 0; i < step_ms.size(); ++i) step_ms[i].push_back(row.milliseconds[i]);
+  }
+  return StepSurface::Create({surface.bits.begin(), surface.bits.end()}, std::move(tokens),
+                             std::move(step_ms));
+}
+
+}  // namespace
 
 absl::StatusOr<OpenedModel> OpenModel(const LoadOptions& options) {
   MOBI_ASSIGN_OR_RETURN(
@@ -31,6 +60,10 @@ absl::StatusOr<std::unique_ptr<ServedModel>> LoadModel(
   const Checkpoint& checkpoint = *served->checkpoint;
   MOBI_ASSIGN_OR_RETURN(served->model, Model::Load(checkpoint, *served->backend,
                                                    options.engine.max_model_len, progress));
+  if (options.surface_limit > Duration::zero() && checkpoint.quantized()) {
+    MOBI_ASSIGN_OR_RETURN(served->info.surface,
+                          SurfaceOf(options, *served->model, checkpoint, clock));
+  }
   MOBI_ASSIGN_OR_RETURN(served->engine, Engine::Create(options.engine, *served->model, checkpoint,
                                                        *served->backend, clock));
   served->tokenizer = std::move(opened.tokenizer);

@@ -22,6 +22,9 @@ struct LoadOptions {
   std::string device = "cpu";  // cpu, cuda, or auto: cuda where there is a usable GPU
   int threads = 0;             // of the CPU backend; 0: one per core
   EngineOptions engine;
+  // Time to measure the step latency surface in, of a MoBiQuant checkpoint; zero: it is not
+  // measured.
+  Duration surface_limit{};
 };
 
 struct OpenedModel {

@@ -270,7 +270,8 @@ void PrintFirstError(const std::vector<Outcome>& outcomes) {
 absl::Status Score(const std::string& path) {
   MOBI_ASSIGN_OR_RETURN(const MappedFile file, MappedFile::Open(path, kMaxRecording));
   MOBI_ASSIGN_OR_RETURN(const auto requests, ParseRecording(file.text(), path));
-  const auto stub = v1::Inference::NewStub(Connect(absl::GetFlag(FLAGS_server)));
+  MOBI_ASSIGN_OR_RETURN(const ClientSecurity security, SecurityFromFlags());
+  const auto stub = v1::Inference::NewStub(Connect(absl::GetFlag(FLAGS_server), security));
   MOBI_ASSIGN_OR_RETURN(const RecordingScore score,
                         ScoreRecording(*stub, requests, absl::GetFlag(FLAGS_score_requests)));
   if (absl::GetFlag(FLAGS_json)) {

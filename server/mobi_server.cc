@@ -145,7 +145,7 @@ absl::Status MobiServer::ListenAdmin() {
 
 void MobiServer::Serve(std::unique_ptr<ServedModel> model) {
   model_ = std::move(model);
-  controller_.Attach(model_->engine.get(), model_->info.prices);
+  controller_.Attach(model_->engine.get(), model_->info.prices, model_->info.surface);
   metrics_->SetModel(model_->info.name, model_->info.engine_options.block_size,
                      model_->engine->stats().num_kv_blocks);
   state_.SetLoaded(model_.get());

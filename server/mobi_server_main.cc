@@ -35,6 +35,8 @@ ABSL_FLAG(std::string, token_file, "",
 ABSL_FLAG(std::string, policy, "", "Policy file (YAML), followed while serving.");
 ABSL_FLAG(std::string, prometheus_url, "", "Prometheus server that promql signals are asked of.");
 ABSL_FLAG(std::string, surface, "", "What mobi-bench surface measured: step latency by bits.");
+ABSL_FLAG(double, measure_surface_s, 0,
+          "Measure it before serving instead, in about so many seconds; 0: not.");
 ABSL_FLAG(float, target_bits, 8, "Average bits per weight to serve at without a policy, 2 to 8.");
 ABSL_FLAG(int, max_num_seqs, 64, "Sequences in one step.");
 ABSL_FLAG(int, max_num_batched_tokens, 512, "Tokens in one step; long prompts are cut to fit.");
@@ -103,6 +105,7 @@ LoadOptions LoadOptionsFromFlags() {
   engine.max_expected_wait = Seconds(absl::GetFlag(FLAGS_max_expected_wait_s));
   engine.max_decode_slowdown = absl::GetFlag(FLAGS_max_decode_slowdown);
   engine.max_queue_wait = Seconds(absl::GetFlag(FLAGS_max_queue_wait_s));
+  options.surface_limit = Seconds(absl::GetFlag(FLAGS_measure_surface_s));
   return options;
 }
 
@@ -162,6 +165,14 @@ absl::Status CheckFlags() {
     if (value >= 0) continue;
     return absl::InvalidArgumentError(absl::StrFormat("--%s: %d is below 0", name, value));
   }
+  const double measuring = absl::GetFlag(FLAGS_measure_surface_s);
+  if (!(measuring >= 0 && measuring <= 600)) {
+    return absl::InvalidArgumentError(
+        absl::StrFormat("--measure_surface_s: %g is out of range [0, 600]", measuring));
+  }
+  if (measuring > 0 && !absl::GetFlag(FLAGS_surface).empty()) {
+    return absl::InvalidArgumentError("--surface and --measure_surface_s: one or the other");
+  }
   if (!(absl::GetFlag(FLAGS_drain_grace_s) >= 0)) {
     return absl::InvalidArgumentError("--drain_grace_s: is below 0");
   }
@@ -219,6 +230,10 @@ void Announce(const ServedModel& model, const ServerOptions& options, double sec
   const absl::Status& can_drop = model.model->slice_planes().can_drop();
   if (info.elastic && info.engine_options.residency.enabled && !can_drop.ok()) {
     std::printf("slices   stay in memory: %s\n", std::string(can_drop.message()).c_str());
+  }
+  if (info.surface) {
+    std::printf("surface  one sequence takes %.3g ms at 2 bits, %.3g ms at 4, %.3g ms at 8\n",
+                info.surface->StepMs(2, 1), info.surface->StepMs(4, 1), info.surface->StepMs(8, 1));
   }
   std::printf("ports    data %s, admin %s, metrics http://%s/metrics\n", options.listen.c_str(),
               options.admin_listen.c_str(), options.metrics_listen.c_str());

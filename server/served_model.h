@@ -4,6 +4,7 @@
 #define MOBI_SERVER_SERVED_MODEL_H_
 
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "absl/status/statusor.h"
@@ -15,6 +16,7 @@
 #include "engine/tokenizer.h"
 #include "kernels/backend.h"
 #include "server/controller.h"
+#include "server/pressure_surface.h"
 
 namespace mobi {
 
@@ -27,6 +29,7 @@ struct ModelInfo {
   bool elastic = false;
   PriceTables prices;  // empty when not elastic
   EngineOptions engine_options;
+  std::optional<StepSurface> surface;  // where it was measured
 };
 
 struct ServedModel {

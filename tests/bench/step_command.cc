@@ -7,6 +7,7 @@
 
 #include "engine/base/status_macros.h"
 #include "engine/decode_bench.h"
+#include "engine/step_surface.h"
 #include "stopwatch.h"
 
 namespace mobi {
@@ -145,24 +146,33 @@ absl::StatusOr<Json> TimeSteps(const Model& model, const WeightSource& source, P
 
 absl::StatusOr<Json> TimeSurface(const Model& model, const WeightSource& source,
                                  const StepCommandOptions& options) {
-  MOBI_ASSIGN_OR_RETURN(const auto bench, CreateBench(model, source, options));
   if (options.print) {
     std::printf("%8s", "seqs");
     for (const float bits : options.bits) std::printf(" %6.2f bits", bits);
     std::printf("\n");
   }
-  Json points = Json::array();
-  for (const int sequences : options.sequences) {
-    if (options.print) std::printf("%8d", sequences);
-    for (const float bits : options.bits) {
-      MOBI_RETURN_IF_ERROR(bench->Set(sequences, bits));
-      MOBI_ASSIGN_OR_RETURN(const TimedCase timed, TimeStep(*bench, options.seconds));
-      const double ms = timed.median_s * 1e3;
-      points.push_back({{"bits", bits}, {"tokens", sequences}, {"milliseconds", ms}});
-      if (options.print) std::printf(" %8.3f ms", ms);
-    }
-    if (options.print) std::printf("\n");
+  const auto print_row = [&](const SurfaceRow& row) {
+    if (!options.print) return;
+    std::printf("%8d", row.sequences);
+    for (const double ms : row.milliseconds) std::printf(" %8.3f ms", ms);
+    std::printf("\n");
     std::fflush(stdout);
+  };
+  const auto seconds = std::chrono::duration<double>(options.seconds);
+  const SurfaceOptions surface{.bits = options.bits,
+                               .sequences = options.sequences,
+                               .context = options.context,
+                               .coherent = options.coherent,
+                               .per_point = std::chrono::duration_cast<Duration>(seconds)};
+  MOBI_ASSIGN_OR_RETURN(const std::vector<SurfaceRow> rows,
+                        MeasureSurface(model, source, surface, RealClock(), print_row));
+  Json points = Json::array();
+  for (const SurfaceRow& row : rows) {
+    for (size_t i = 0; i < options.bits.size(); ++i) {
+      points.push_back({{"bits", options.bits[i]},
+                        {"tokens", row.sequences},
+                        {"milliseconds", row.milliseconds[i]}});
+    }
   }
   return points;
 }

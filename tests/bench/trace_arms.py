@@ -119,7 +119,7 @@ def summarise(name, arm):
         "ttft_p50_ms": percentile([float(r["ttft_ms"]) for r in ok], 0.5),
         "ttft_p95_ms": percentile([float(r["ttft_ms"]) for r in ok], 0.95),
         "per_token_p95_ms": percentile([float(r["time_per_token_ms"]) for r in ok], 0.95),
-        **arm.get("score", {}),
+        **{key: arm.get("score", {}).get(key) for key in ("text_perplexity", "served_perplexity")},
     }
 
 

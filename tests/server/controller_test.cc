@@ -164,6 +164,21 @@ TEST_F(ControllerTest, AnIdleServerHasNoDeficit) {
   EXPECT_NEAR(controller_.status().bits_deficit, 0.75, 0.02);
 }
 
+TEST_F(ControllerTest, AMeasuredSurfaceKeepsBitsThatBuyNothing) {
+  const auto flat = StepSurface::Create({2, 8}, {1}, {{5}, {5}});
+  ASSERT_TRUE(flat.ok());
+  controller_.Attach(&engine_, {{std::begin(kTable), std::end(kTable)}, {}}, *flat);
+  Policy policy = FixedPolicy(8);
+  policy.windows[0].floor_bits = 4;
+  policy.signals = {{.kind = SignalKind::kQueueDepth, .name = "queue_depth", .reference = 2}};
+  ASSERT_TRUE(controller_.SetPolicy({policy, "", "test"}, std::nullopt).ok());
+  engine_.stats_.waiting_requests = 20;
+  Run(seconds(5));
+  EXPECT_GT(controller_.status().pressure, 1);
+  EXPECT_EQ(engine_.target_.target_bits, 8);
+  EXPECT_NEAR(controller_.status().kept_bits, 4, 1e-3);
+}
+
 TEST_F(ControllerTest, ConcurrentPoliciesAreSerialised) {
   Attach();
   EXPECT_EQ(controller_.policy().generation, 1u);

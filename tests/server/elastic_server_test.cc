@@ -47,8 +47,10 @@ class Load {
 
 class ElasticServerTest : public ::testing::Test {
  protected:
-  void Serve(const ServerOptions& options = TestServerOptions(), int max_num_seqs = 8) {
+  void Serve(const ServerOptions& options = TestServerOptions(), int max_num_seqs = 8,
+             Duration surface_limit = Duration::zero()) {
     LoadOptions load;
+    load.surface_limit = surface_limit;
     load.dir = MOBI_SOURCE_DIR "/deploy/demo/checkpoint";
     load.verify_manifest = false;
     load.engine.max_num_seqs = max_num_seqs;
@@ -58,6 +60,7 @@ class ElasticServerTest : public ::testing::Test {
     ASSERT_TRUE(opened.ok()) << opened.status();
     auto model = LoadModel(load, *std::move(opened), clock_, nullptr);
     ASSERT_TRUE(model.ok()) << model.status();
+    surface_ = (*model)->info.surface;
     server_ = std::make_unique<TestServer>(*std::move(model), options);
   }
 
@@ -100,6 +103,7 @@ class ElasticServerTest : public ::testing::Test {
   }
 
   RealClock clock_;
+  std::optional<StepSurface> surface_;  // that the loaded model came with
   std::unique_ptr<TestServer> server_;
 };
 
@@ -183,6 +187,19 @@ TEST_F(ElasticServerTest, BitsThatBuyNoLatencyAreKeptAndCounted) {
   EXPECT_TRUE(Eventually([&] { return Metric("mobi_kept_bits") > 3.9; }));
   EXPECT_TRUE(Eventually([&] { return Metric("mobi_pressure") > 1; }));
   EXPECT_EQ(Target(), 8);
+}
+
+TEST_F(ElasticServerTest, AServerMeasuresItsOwnSurface) {
+  Serve(TestServerOptions(), /*max_num_seqs=*/4, std::chrono::milliseconds(500));
+  ASSERT_TRUE(surface_.has_value());
+  EXPECT_GT(surface_->StepMs(2, 1), 0);
+  EXPECT_GT(surface_->StepMs(8, 4), 0);
+  ASSERT_TRUE(SetPolicy("windows: [{name: any, floor_bits: 4, ceiling_bits: 8}]\n"
+                        "signals: [{kind: queue_depth, reference: 2}]\n")
+                  .ok());
+  // It serves, and the controller reads it: whatever is kept stays within the window.
+  EXPECT_TRUE(Collect(*server_->Client(), TextRequest("Once", 8), WaitForReady).status.ok());
+  EXPECT_GE(Metric("mobi_kept_bits"), 0);
 }
 
 TEST_F(ElasticServerTest, PoliciesSetAtOnceAreSerialised) {
