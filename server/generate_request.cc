@@ -65,7 +65,9 @@ void ParseStops(const v1::GenerateRequest& request, int vocab_size, const Reques
 void ParseNames(const v1::GenerateRequest& request, const ModelInfo& info,
                 const RequestLimits& limits, FieldChecks& checks, ParsedRequest& out) {
   if (!request.model().empty() && request.model() != info.name) {
-    checks.Violation("model", absl::StrFormat("unknown, this server has \"%s\"", info.name));
+    checks.Violation("model",
+                     absl::StrFormat("\"%s\" is unknown, this server has \"%s\"",
+                                     absl::CHexEscape(request.model().substr(0, 64)), info.name));
   }
   checks.Size("request_id", static_cast<int64_t>(request.request_id().size()),
               limits.max_request_id_bytes, "bytes");

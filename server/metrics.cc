@@ -191,9 +191,10 @@ void Metrics::AddPrecision(const ControlStatus& control, Families& families) con
                control.window.floor_bits);
   series.Gauge("mobi_window_ceiling_bits", "Ceiling of the policy's window.",
                control.window.ceiling_bits);
-  series.Gauge("mobi_bits_deficit",
-               "(ceiling - effective) / (ceiling - floor): what load costs in quality; 0 when idle.",
-               control.bits_deficit);
+  series.Gauge(
+      "mobi_bits_deficit",
+      "(ceiling - effective) / (ceiling - floor): what load costs in quality; 0 when idle.",
+      control.bits_deficit);
   series.Counter("mobi_seconds_below_floor_total", "Time with effective bits below the floor.",
                  control.seconds_below_floor);
   families.push_back(Family("mobi_policy_info", "The policy in force.", MetricType::Gauge));

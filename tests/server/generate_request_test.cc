@@ -60,7 +60,8 @@ TEST_F(GenerateRequestTest, EveryFieldHasItsOwnRefusal) {
        [](R& r) {
          for (int i = 0; i < 1025; ++i) r.mutable_chat()->add_messages()->set_role("user");
        }},
-      {"model", "this server has \"scripted\"", [](R& r) { r.set_model("gpt"); }},
+      {"model", "\"gpt\" is unknown, this server has \"scripted\"",
+       [](R& r) { r.set_model("gpt"); }},
       {"request_id", "129 bytes", [](R& r) { r.set_request_id(std::string(129, 'a')); }},
       {"request_id", "printable", [](R& r) { r.set_request_id("a b"); }},
       {"request_id", "printable", [](R& r) { r.set_request_id("\xC3\xA9"); }},
