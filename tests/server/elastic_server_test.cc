@@ -66,6 +66,7 @@ class ElasticServerTest : public ::testing::Test {
 
   absl::Status SetPolicy(const std::string& yaml, std::optional<uint64_t> expected = {}) {
     grpc::ClientContext context;
+    WaitForReady(context);
     v1::SetPolicyRequest request;
     request.set_yaml(yaml);
     if (expected) request.set_expected_generation(*expected);
@@ -74,6 +75,7 @@ class ElasticServerTest : public ::testing::Test {
   }
   v1::PrecisionStatus Status() {
     grpc::ClientContext context;
+    WaitForReady(context);
     v1::PrecisionStatus status;
     EXPECT_TRUE(server_->Admin()->GetStatus(&context, {}, &status).ok());
     return status;

@@ -104,11 +104,14 @@ std::string TestServer::admin_address() const {
 std::shared_ptr<grpc::Channel> TestServer::Channel() const {
   grpc::ChannelArguments arguments;
   arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
-  return grpc::CreateCustomChannel(address(), grpc::InsecureChannelCredentials(), arguments);
+  auto channel =
+      grpc::CreateCustomChannel(address(), grpc::InsecureChannelCredentials(), arguments);
+  AwaitConnection(*channel);
+  return channel;
 }
 
 std::unique_ptr<v1::Precision::Stub> TestServer::Admin() const {
-  return v1::Precision::NewStub(Connect(admin_address()));
+  return v1::Precision::NewStub(ConnectNow(admin_address()));
 }
 
 std::string TestServer::MetricsText() const {

@@ -36,7 +36,7 @@ class TlsTest : public ::testing::Test {
   }
   // A new connection's first call.
   absl::Status Call(const ClientSecurity& security) const {
-    const auto stub = v1::Inference::NewStub(Connect(server_->address(), security));
+    const auto stub = v1::Inference::NewStub(ConnectNow(server_->address(), security));
     grpc::ClientContext context;
     SetDeadline(std::chrono::seconds(10), context);
     v1::GetModelResponse model;
@@ -70,12 +70,12 @@ TEST_F(TlsTest, ClientsKnowTheServer) {
   EXPECT_TRUE(absl::IsUnavailable(Call(misnamed))) << "wrong name";
   // The admin port speaks it too.
   const auto admin =
-      v1::Precision::NewStub(Connect(server_->admin_address(), Trusting(authority_)));
+      v1::Precision::NewStub(ConnectNow(server_->admin_address(), Trusting(authority_)));
   grpc::ClientContext context;
   v1::PrecisionStatus status;
   EXPECT_TRUE(admin->GetStatus(&context, {}, &status).ok());
   // A whole stream, and an unencrypted one refused.
-  const auto stub = v1::Inference::NewStub(Connect(server_->address(), Trusting(authority_)));
+  const auto stub = v1::Inference::NewStub(ConnectNow(server_->address(), Trusting(authority_)));
   EXPECT_EQ(Collect(*stub, TextRequest("hello")).text[0], "x");
 }
 
