@@ -8,6 +8,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/engine/test_models.h"
+#include "tests/paths.h"
 
 namespace mobi {
 namespace {

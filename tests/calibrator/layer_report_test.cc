@@ -6,6 +6,7 @@
 
 #include "calibrator/packing.h"
 #include "tests/calibrator/random_matrix.h"
+#include "tests/paths.h"
 
 namespace mobi {
 namespace {

@@ -12,6 +12,7 @@
 #include "engine/checkpoint.h"
 #include "engine/safetensors.h"
 #include "tests/calibrator/random_matrix.h"
+#include "tests/paths.h"
 
 namespace mobi {
 namespace {

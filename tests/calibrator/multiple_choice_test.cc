@@ -5,6 +5,7 @@
 #include <fstream>
 
 #include "nlohmann/json.hpp"
+#include "tests/paths.h"
 
 namespace mobi {
 namespace {

@@ -6,6 +6,8 @@
 #include <fstream>
 #include <set>
 
+#include "tests/paths.h"
+
 namespace mobi {
 namespace {
 

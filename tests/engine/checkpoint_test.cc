@@ -19,6 +19,7 @@
 #include "gtest/gtest.h"
 #include "kernels/numeric.h"
 #include "tests/engine/test_models.h"
+#include "tests/paths.h"
 
 namespace mobi {
 namespace {

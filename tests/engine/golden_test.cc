@@ -12,6 +12,7 @@
 #include "engine/safetensors.h"
 #include "tests/engine/collecting_sink.h"
 #include "tests/engine/loaded_engine.h"
+#include "tests/paths.h"
 
 namespace mobi {
 namespace {

@@ -14,6 +14,7 @@
 
 #include "engine/tokenizer.h"
 #include "nlohmann/json.hpp"
+#include "tests/paths.h"
 
 namespace mobi {
 

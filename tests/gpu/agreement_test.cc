@@ -17,6 +17,7 @@
 #include "tests/engine/collecting_sink.h"
 #include "tests/engine/loaded_engine.h"
 #include "tests/engine/test_models.h"
+#include "tests/paths.h"
 
 namespace mobi {
 namespace {

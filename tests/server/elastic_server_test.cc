@@ -10,6 +10,7 @@
 #include "gtest/gtest.h"
 #include "server/load_model.h"
 #include "server/rpc_status.h"
+#include "tests/paths.h"
 #include "tests/server/prometheus_server.h"
 #include "tests/server/server_fixture.h"
 

@@ -10,6 +10,7 @@
 #include "gtest/gtest.h"
 #include "nlohmann/json.hpp"
 #include "server/rpc_status.h"
+#include "tests/paths.h"
 #include "tests/server/server_fixture.h"
 
 namespace mobi {

@@ -13,6 +13,7 @@
 #include "server/loadgen/load_report.h"
 #include "server/loadgen/prompts.h"
 #include "server/loadgen/trace.h"
+#include "tests/paths.h"
 
 namespace mobi {
 namespace {

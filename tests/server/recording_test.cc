@@ -9,6 +9,7 @@
 
 #include "server/load_model.h"
 #include "server/loadgen/load_test.h"
+#include "tests/paths.h"
 #include "tests/server/server_fixture.h"
 
 namespace mobi {

@@ -6,6 +6,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "server/load_model.h"
+#include "tests/paths.h"
 #include "tests/server/server_fixture.h"
 
 namespace mobi {
