@@ -136,7 +136,7 @@ class ServerAccessTest : public AccessControlTest {
   absl::StatusCode Code(const std::string& address, const std::string& token,
                         grpc::Status (Service::Stub::*method)(grpc::ClientContext*, const Request&,
                                                               Response*)) {
-    const auto stub = Service::NewStub(ConnectNow(address, WithToken(token)));
+    const auto stub = Service::NewStub(ConnectTo(address, WithToken(token)));
     grpc::ClientContext context;
     Response response;
     return FromGrpcStatus((stub.get()->*method)(&context, Request(), &response)).code();
@@ -162,7 +162,7 @@ class ServerAccessTest : public AccessControlTest {
         Code<K>(address, token, &K::Stub::ServerMetadata),
         Code<K>(address, token, &K::Stub::ModelMetadata),
     };
-    const auto channel = ConnectNow(address, WithToken(token));
+    const auto channel = ConnectTo(address, WithToken(token));
     codes.push_back(Collect(*I::NewStub(channel), TextRequest("hello", 3)).status.code());
     grpc::ClientContext context;
     pb::GenerateRequest request;
@@ -181,7 +181,7 @@ class ServerAccessTest : public AccessControlTest {
         Code<P>(address, token, &P::Stub::GetPolicy), Code<P>(address, token, &P::Stub::SetPolicy),
         Code<P>(address, token, &P::Stub::GetStatus), Code<P>(address, token, &P::Stub::Override),
         Code<P>(address, token, &P::Stub::Drain)};
-    const auto stub = P::NewStub(ConnectNow(address, WithToken(token)));
+    const auto stub = P::NewStub(ConnectTo(address, WithToken(token)));
     grpc::ClientContext context;
     const auto reader = stub->WatchStatus(&context, {});
     v1::PrecisionStatus status;
@@ -214,7 +214,7 @@ TEST_F(ServerAccessTest, NothingIsOpenWithoutItsScope) {
 
 TEST_F(ServerAccessTest, TokensChangeWhileServing) {
   const auto code = [&](const std::string& token) {
-    return Collect(*v1::Inference::NewStub(ConnectNow(server_->address(), WithToken(token))),
+    return Collect(*v1::Inference::NewStub(ConnectTo(server_->address(), WithToken(token))),
                    TextRequest("hello", 3))
         .status.code();
   };

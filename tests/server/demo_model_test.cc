@@ -3,7 +3,6 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
-#include "server/load_model.h"
 #include "tests/paths.h"
 #include "tests/server/server_fixture.h"
 
@@ -19,11 +18,9 @@ class DemoModelTest : public ::testing::Test {
     LoadOptions load;
     load.dir = std::string(MOBI_SOURCE_DIR) + "/deploy/demo/checkpoint";
     load.threads = 1;
-    auto opened = OpenModel(load);
-    ASSERT_TRUE(opened.ok()) << opened.status();
-    auto model = LoadModel(load, *std::move(opened), clock_, [](int, int) {});
-    ASSERT_TRUE(model.ok()) << model.status();
-    server_ = std::make_unique<TestServer>(*std::move(model));
+    auto model = LoadForTest(std::move(load), clock_);
+    ASSERT_NE(model, nullptr);
+    server_ = std::make_unique<TestServer>(std::move(model));
     stub_ = server_->Client();
   }
 

@@ -8,7 +8,6 @@
 #include "absl/strings/str_split.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
-#include "server/load_model.h"
 #include "server/rpc_status.h"
 #include "tests/paths.h"
 #include "tests/server/prometheus_server.h"
@@ -30,7 +29,7 @@ class Load {
         for (int round = 0; !stop_; ++round) {
           v1::GenerateRequest request = TextRequest(absl::StrCat("Once ", i, " ", round), 60);
           request.set_ignore_eos(true);
-          const absl::Status status = Collect(*stub, request, WaitForReady).status;
+          const absl::Status status = Collect(*stub, request).status;
           EXPECT_TRUE(status.ok()) << status;
         }
       });
@@ -55,19 +54,14 @@ class ElasticServerTest : public ::testing::Test {
     load.dir = MOBI_SOURCE_DIR "/deploy/demo/checkpoint";
     load.verify_manifest = false;
     load.engine.max_num_seqs = max_num_seqs;
-    // A busy machine is slow; nothing here is to be refused for a long wait.
-    load.engine.max_queue_wait = load.engine.max_expected_wait = std::chrono::minutes(5);
-    auto opened = OpenModel(load);
-    ASSERT_TRUE(opened.ok()) << opened.status();
-    auto model = LoadModel(load, *std::move(opened), clock_, nullptr);
-    ASSERT_TRUE(model.ok()) << model.status();
-    surface_ = (*model)->info.surface;
-    server_ = std::make_unique<TestServer>(*std::move(model), options);
+    auto model = LoadForTest(std::move(load), clock_);
+    ASSERT_NE(model, nullptr);
+    surface_ = model->info.surface;
+    server_ = std::make_unique<TestServer>(std::move(model), options);
   }
 
   absl::Status SetPolicy(const std::string& yaml, std::optional<uint64_t> expected = {}) {
     grpc::ClientContext context;
-    WaitForReady(context);
     v1::SetPolicyRequest request;
     request.set_yaml(yaml);
     if (expected) request.set_expected_generation(*expected);
@@ -76,7 +70,6 @@ class ElasticServerTest : public ::testing::Test {
   }
   v1::PrecisionStatus Status() {
     grpc::ClientContext context;
-    WaitForReady(context);
     v1::PrecisionStatus status;
     EXPECT_TRUE(server_->Admin()->GetStatus(&context, {}, &status).ok());
     return status;
@@ -201,7 +194,7 @@ TEST_F(ElasticServerTest, AServerMeasuresItsOwnSurface) {
                         "signals: [{kind: queue_depth, reference: 2}]\n")
                   .ok());
   // It serves, and the controller reads it: whatever is kept stays within the window.
-  EXPECT_TRUE(Collect(*server_->Client(), TextRequest("Once", 8), WaitForReady).status.ok());
+  EXPECT_TRUE(Collect(*server_->Client(), TextRequest("Once", 8)).status.ok());
   EXPECT_GE(Metric("mobi_kept_bits"), 0);
 }
 

@@ -420,7 +420,7 @@ TEST(GenerateCall, ManyStreamsAtOnceAllComplete) {
     threads.emplace_back([&] {
       const auto stub = server.Client();
       for (int i = 0; i < 10; ++i) {
-        const Collected result = Collect(*stub, TextRequest("hello"), WaitForReady);
+        const Collected result = Collect(*stub, TextRequest("hello"));
         EXPECT_TRUE(result.status.ok()) << result.status;
         good += result.status.ok() && result.text[0] == kStory && result.has_summary;
       }

@@ -108,7 +108,7 @@ TEST(BitsWatch, SeesLoadedBits) {
   const RealClock clock;
   auto watch = BitsWatch::Start(server.Channel(), clock.Now(), clock);
   EXPECT_EQ(watch.status().code(), absl::StatusCode::kUnimplemented);  // not the admin port
-  watch = BitsWatch::Start(ConnectNow(server.admin_address()), clock.Now(), clock);
+  watch = BitsWatch::Start(ConnectTo(server.admin_address()), clock.Now(), clock);
   ASSERT_TRUE(watch.ok()) << watch.status();
   RunLoad(server, {Arrival{.at = {}, .prompt_tokens = 4, .new_tokens = 1500}});
   const auto samples = (*watch)->Stop();

@@ -39,7 +39,7 @@ ScriptedEngine::Script Endless() {
 
 // Status of a unary call with an empty request, whatever the method is.
 grpc::Status CallEmpty(const std::string& address, const std::string& method) {
-  grpc::GenericStub stub(ConnectNow(address));
+  grpc::GenericStub stub(ConnectTo(address));
   grpc::ClientContext context;
   grpc::CompletionQueue queue;
   const grpc::Slice nothing;

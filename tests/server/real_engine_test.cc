@@ -6,7 +6,6 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
-#include "server/load_model.h"
 #include "server/rpc_status.h"
 #include "tests/engine/test_models.h"
 #include "tests/server/server_fixture.h"
@@ -25,12 +24,10 @@ class RealEngineTest : public ::testing::Test {
     load.engine.max_num_seqs = 8;
     load.engine.max_num_batched_tokens = 64;
     load.engine.num_kv_blocks = 200;
-    auto opened = OpenModel(load);
-    ASSERT_TRUE(opened.ok()) << opened.status();
-    auto model = LoadModel(load, *std::move(opened), clock_, nullptr);
-    ASSERT_TRUE(model.ok()) << model.status();
-    engine_ = (*model)->engine.get();
-    server_ = std::make_unique<TestServer>(*std::move(model));
+    auto model = LoadForTest(std::move(load), clock_);
+    ASSERT_NE(model, nullptr);
+    engine_ = model->engine.get();
+    server_ = std::make_unique<TestServer>(std::move(model));
   }
 
   v1::GenerateRequest Request(int max_new_tokens, uint64_t seed = 1) const {
@@ -70,11 +67,16 @@ TEST_F(RealEngineTest, ASeedAtPinnedPrecisionIsReproducedInCompany) {
   std::vector<std::thread> company;
   for (int i = 0; i < 3; ++i) {
     company.emplace_back([&, i] {
-      for (uint64_t seed = 0; !stop; ++seed)
-        EXPECT_TRUE(Ask(Request(20, seed * 3 + i)).status.ok());
+      for (uint64_t seed = 0; !stop; ++seed) {
+        const absl::Status status = Ask(Request(20, seed * 3 + i)).status;
+        EXPECT_TRUE(status.ok()) << status;
+      }
     });
   }
-  for (int i = 0; i < 5; ++i) EXPECT_EQ(Ask(request).token_ids, alone.token_ids);
+  for (int i = 0; i < 5; ++i) {
+    const Collected again = Ask(request);
+    EXPECT_EQ(again.token_ids, alone.token_ids) << again.status;
+  }
   stop = true;
   for (std::thread& thread : company) thread.join();
 }

@@ -7,7 +7,6 @@
 #include <cmath>
 #include <random>
 
-#include "server/load_model.h"
 #include "server/loadgen/load_test.h"
 #include "tests/paths.h"
 #include "tests/server/server_fixture.h"
@@ -71,18 +70,15 @@ class RecordingTest : public testing::Test {
     LoadOptions load;
     load.dir = MOBI_SOURCE_DIR "/deploy/demo/checkpoint";
     load.verify_manifest = false;
-    load.engine.max_queue_wait = load.engine.max_expected_wait = std::chrono::minutes(5);
-    auto opened = OpenModel(load);
-    ASSERT_TRUE(opened.ok()) << opened.status();
-    const auto ids = opened->tokenizer->Encode(
+    auto model = LoadForTest(std::move(load), clock_);
+    ASSERT_NE(model, nullptr);
+    const auto ids = model->tokenizer->Encode(
         "Once upon a time there was a little girl named Lily. She loved to play outside in the "
         "park with her friends. One day she saw a big red ball under a tree and ran to it.",
         {.add_special_tokens = true});
     ASSERT_TRUE(ids.ok()) << ids.status();
     text_ = *ids;
-    auto model = LoadModel(load, *std::move(opened), clock_, nullptr);
-    ASSERT_TRUE(model.ok()) << model.status();
-    server_ = std::make_unique<TestServer>(*std::move(model), TestServerOptions());
+    server_ = std::make_unique<TestServer>(std::move(model), TestServerOptions());
   }
 
   RealClock clock_;

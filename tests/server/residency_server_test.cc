@@ -5,7 +5,6 @@
 #include "absl/strings/str_cat.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
-#include "server/load_model.h"
 #include "tests/paths.h"
 #include "tests/server/server_fixture.h"
 
@@ -20,17 +19,14 @@ class ResidencyServerTest : public ::testing::Test {
     LoadOptions load;
     load.dir = MOBI_SOURCE_DIR "/deploy/demo/checkpoint";
     load.verify_manifest = false;
-    load.engine.max_queue_wait = load.engine.max_expected_wait = std::chrono::minutes(5);
     load.engine.max_model_len = 128;
     load.engine.num_kv_blocks = kOwnBlocks;
     load.engine.residency = {.enabled = true,
                              .dwell = std::chrono::milliseconds(1),
                              .patience = std::chrono::milliseconds(1)};
-    auto opened = OpenModel(load);
-    ASSERT_TRUE(opened.ok()) << opened.status();
-    auto model = LoadModel(load, *std::move(opened), clock_, nullptr);
-    ASSERT_TRUE(model.ok()) << model.status();
-    server_ = std::make_unique<TestServer>(*std::move(model));
+    auto model = LoadForTest(std::move(load), clock_);
+    ASSERT_NE(model, nullptr);
+    server_ = std::make_unique<TestServer>(std::move(model));
     grpc::ClientContext context;
     v1::SetPolicyRequest request;
     request.set_yaml("windows: [{name: any, floor_bits: 3, ceiling_bits: 8}]\n");

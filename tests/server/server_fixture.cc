@@ -6,11 +6,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "grpcpp/create_channel.h"
-#include "grpcpp/security/credentials.h"
 #include "prometheus/text_serializer.h"
-#include "server/client.h"
-#include "server/load_model.h"
 #include "server/rpc_status.h"
 #include "server/transport.h"
 #include "tests/engine/test_models.h"
@@ -62,6 +58,16 @@ std::unique_ptr<ServedModel> ScriptedModel(ScriptedEngine::Options options,
   return model;
 }
 
+std::unique_ptr<ServedModel> LoadForTest(LoadOptions load, const Clock& clock) {
+  load.engine.max_queue_wait = load.engine.max_expected_wait = std::chrono::minutes(5);
+  auto opened = OpenModel(load);
+  EXPECT_TRUE(opened.ok()) << opened.status();
+  if (!opened.ok()) return nullptr;
+  auto model = LoadModel(load, *std::move(opened), clock, nullptr);
+  EXPECT_TRUE(model.ok()) << model.status();
+  return model.ok() ? *std::move(model) : nullptr;
+}
+
 ServerOptions TestServerOptions() {
   ServerOptions options;
   options.listen = options.admin_listen = "127.0.0.1:0";
@@ -101,21 +107,21 @@ std::string TestServer::admin_address() const {
   return absl::StrCat("127.0.0.1:", server_->admin_port());
 }
 
-std::shared_ptr<grpc::Channel> TestServer::Channel() const {
-  grpc::ChannelArguments arguments;
-  arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
-  auto channel =
-      grpc::CreateCustomChannel(address(), grpc::InsecureChannelCredentials(), arguments);
-  AwaitConnection(*channel);
-  return channel;
-}
+std::shared_ptr<grpc::Channel> TestServer::Channel() const { return ConnectTo(address()); }
 
 std::unique_ptr<v1::Precision::Stub> TestServer::Admin() const {
-  return v1::Precision::NewStub(ConnectNow(admin_address()));
+  return v1::Precision::NewStub(ConnectTo(admin_address()));
 }
 
 std::string TestServer::MetricsText() const {
   return prometheus::TextSerializer().Serialize(server_->metrics().Collect());
+}
+
+std::shared_ptr<grpc::Channel> ConnectTo(const std::string& address,
+                                         const ClientSecurity& security) {
+  auto channel = Connect(address, security);
+  AwaitConnection(*channel, std::chrono::minutes(4));
+  return channel;
 }
 
 Collected Collect(v1::Inference::Stub& stub, const v1::GenerateRequest& request,

@@ -11,6 +11,8 @@
 #include "grpcpp/channel.h"
 #include "mobi/v1/inference.grpc.pb.h"
 #include "mobi/v1/precision.grpc.pb.h"
+#include "server/client.h"
+#include "server/load_model.h"
 #include "server/mobi_server.h"
 #include "tests/server/scripted_engine.h"
 
@@ -31,6 +33,10 @@ ScriptedEngine::Script Says(const std::string& text, bool bytes = false);
 // limits are real.
 std::unique_ptr<ServedModel> ScriptedModel(ScriptedEngine::Options options,
                                            std::unique_ptr<Tokenizer> tokenizer = nullptr);
+
+// A real model; null, and a failure of the test, where it does not load. Nothing that waits is
+// refused: a busy machine is slow.
+std::unique_ptr<ServedModel> LoadForTest(LoadOptions load, const Clock& clock);
 
 // Ports are free ones; limits are for tests: short times.
 ServerOptions TestServerOptions();
@@ -66,6 +72,11 @@ class TestServer {
   std::unique_ptr<MobiServer> server_;
 };
 
+// A connection of its own to a server that is there, for which a failed one is therefore tried
+// again until it stands: gRPC 1.51 now and then takes a connection under way for a failed one.
+std::shared_ptr<grpc::Channel> ConnectTo(const std::string& address,
+                                         const ClientSecurity& security = {});
+
 // Everything one call returned.
 struct Collected {
   absl::Status status;
@@ -80,9 +91,6 @@ struct Collected {
 };
 
 using ContextSetup = std::function<void(grpc::ClientContext&)>;
-// For many connections at once: gRPC 1.51 now and then takes a connection under way for a failed
-// one, because it looks at errno after calls that may change it.
-inline void WaitForReady(grpc::ClientContext& context) { context.set_wait_for_ready(true); }
 Collected Collect(v1::Inference::Stub& stub, const v1::GenerateRequest& request,
                   const ContextSetup& setup = {});
 

@@ -70,12 +70,12 @@ TEST_F(TlsTest, ClientsKnowTheServer) {
   EXPECT_TRUE(absl::IsUnavailable(Call(misnamed))) << "wrong name";
   // The admin port speaks it too.
   const auto admin =
-      v1::Precision::NewStub(ConnectNow(server_->admin_address(), Trusting(authority_)));
+      v1::Precision::NewStub(ConnectTo(server_->admin_address(), Trusting(authority_)));
   grpc::ClientContext context;
   v1::PrecisionStatus status;
   EXPECT_TRUE(admin->GetStatus(&context, {}, &status).ok());
   // A whole stream, and an unencrypted one refused.
-  const auto stub = v1::Inference::NewStub(ConnectNow(server_->address(), Trusting(authority_)));
+  const auto stub = v1::Inference::NewStub(ConnectTo(server_->address(), Trusting(authority_)));
   EXPECT_EQ(Collect(*stub, TextRequest("hello")).text[0], "x");
 }
 
