@@ -376,6 +376,9 @@ void EngineImpl::Commit(const ChunkResult& result, const PrecisionTarget& target
   request.effective_tokens += result.chunk.count;
   counters_.effective_bits_sum += result.effective_bits_sum;
   counters_.effective_tokens += static_cast<uint64_t>(result.chunk.count);
+  const Phase phase = result.chunk.decode ? Phase::kDecode : Phase::kPrefill;
+  LevelTokens& counted = counters_.tokens_by_level[static_cast<int>(phase)];
+  for (int i = 0; i < kNumLevels; ++i) counted[i] += result.tokens_by_level[i];
   if (result.tracked && !result.coherent) {
     counters_.tracked_bits_sum += result.effective_bits_sum;
     counters_.tracked_tokens += static_cast<uint64_t>(result.chunk.count);

@@ -5,6 +5,7 @@
 #ifndef MOBI_ENGINE_ENGINE_H_
 #define MOBI_ENGINE_ENGINE_H_
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -156,6 +157,12 @@ struct EngineOptions {
   ResidencyOptions residency;
 };
 
+// Tokens by the level nearest to the bits that each used on average; a float model's are all at the
+// highest.
+using LevelTokens = std::array<uint64_t, kNumLevels>;
+enum class Phase { kPrefill, kDecode };
+using PhaseTokens = std::array<LevelTokens, 2>;
+
 // Counters only grow; gauges are of the last step. Sums are over tokens computed (prompt and
 // completion), so an average over any window is a difference of two snapshots.
 struct EngineStats {
@@ -172,6 +179,7 @@ struct EngineStats {
   uint64_t prefix_cache_hits = 0;     // tokens found
   double effective_bits_sum = 0;      // over tokens; divide by effective_tokens
   uint64_t effective_tokens = 0;
+  PhaseTokens tokens_by_level{};  // the same tokens
   // The same over tokens of requests whose band holds the target and that chose for themselves:
   // what the price alone decided, and so what the controller may correct.
   double tracked_bits_sum = 0;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <utility>
 
 #include "engine/base/status_macros.h"
@@ -278,7 +279,12 @@ void StepRunner::Collect(const Layout& layout, StepResult& result) {
   };
   for (size_t i = 0; i < result.chunks.size(); ++i) {
     ChunkResult& r = result.chunks[i];
-    for (int t = 0; t < r.chunk.count; ++t) r.effective_bits_sum += bits(layout.first_row[i] + t);
+    for (int t = 0; t < r.chunk.count; ++t) {
+      const double used = bits(layout.first_row[i] + t);
+      r.effective_bits_sum += used;
+      const auto nearest = static_cast<int>(std::lround(used / kSliceBits));
+      ++r.tokens_by_level[std::clamp(nearest, 1, kNumLevels) - 1];
+    }
     r.last_effective_bits = static_cast<float>(bits(layout.first_row[i] + r.chunk.count - 1));
   }
   for (int n = 0; n < layout.num_sampled; ++n) {

@@ -24,6 +24,7 @@ struct ChunkResult {
   ScheduledChunk chunk;
   float kv_bits = 8;              // bits that the chunk's tokens were asked to be computed at
   double effective_bits_sum = 0;  // over the chunk's tokens
+  LevelTokens tokens_by_level{};
   float last_effective_bits = 0;  // of the chunk's last token
   bool tracked = false;           // the request's band holds the step's target: the price decided
   bool coherent = false;          // a decode that shared its levels

@@ -180,6 +180,7 @@ void Metrics::AddPrecision(const ControlStatus& control, Families& families) con
       stats.effective_bits_sum);
   series.Counter("mobi_computed_tokens_total", "Prompt and completion tokens computed.",
                  static_cast<double>(stats.effective_tokens));
+  AddTokensByLevel(stats, families);
   series.Gauge("mobi_price", "Loss per byte below which a slice is not read.", control.price);
   series.Gauge("mobi_log_price_trim", "Correction of log(price) by the tracking loop.",
                control.log_price_trim);
@@ -205,6 +206,21 @@ void Metrics::AddPrecision(const ControlStatus& control, Families& families) con
   AddPolicyReloads(control.policy_reloads, families);
   AddResidency(stats, families);
   AddSignals(control, families);
+}
+
+void Metrics::AddTokensByLevel(const EngineStats& stats, Families& families) {
+  families.push_back(
+      Family("mobi_tokens_total",
+             "Computed tokens by phase and by the level (2 bits each) nearest to what they used.",
+             MetricType::Counter));
+  for (const Phase phase : {Phase::kPrefill, Phase::kDecode}) {
+    const LevelTokens& tokens = stats.tokens_by_level[static_cast<int>(phase)];
+    for (int level = 1; level <= kNumLevels; ++level) {
+      AddValue(families.back(), static_cast<double>(tokens[level - 1]),
+               {{"phase", phase == Phase::kPrefill ? "prefill" : "decode"},
+                {"level", absl::StrCat(level)}});
+    }
+  }
 }
 
 void Metrics::AddResidency(const EngineStats& stats, Families& families) {

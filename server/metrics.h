@@ -74,6 +74,7 @@ class Metrics final : public prometheus::Collectable {
   using Families = std::vector<prometheus::MetricFamily>;
   void AddVllm(const ControlStatus& control, Families& families) const;
   void AddPrecision(const ControlStatus& control, Families& families) const;
+  static void AddTokensByLevel(const EngineStats& stats, Families& families);
   static void AddResidency(const EngineStats& stats, Families& families);
   static void AddSignals(const ControlStatus& control, Families& families);
   static void AddPolicyReloads(const PolicyReloads& reloads, Families& families);

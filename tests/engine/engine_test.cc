@@ -193,6 +193,12 @@ TEST_F(EngineTest, EffectiveBitsAreExactAtPinnedLevelsAndFollowTheTarget) {
     ASSERT_TRUE(engine_->Submit(request, &sink).ok());
     EXPECT_NEAR(sink.Wait().mean_effective_bits, 2.0 * level, 1e-6);
     for (const float bits : sink.bits) EXPECT_FLOAT_EQ(bits, 2.0f * level);
+    // The prompt gives the first of five tokens, four decodes the others; stats are published after
+    // a step.
+    while (engine_->stats().steps < 5u * level) std::this_thread::yield();
+    const PhaseTokens counted = engine_->stats().tokens_by_level;
+    EXPECT_EQ(counted[static_cast<int>(Phase::kPrefill)][level - 1], 20u);
+    EXPECT_EQ(counted[static_cast<int>(Phase::kDecode)][level - 1], 4u);
   }
   // The target changes while a stream runs, and its next tokens show it.
   CollectingSink sink;
