@@ -15,7 +15,6 @@
 #include "engine/base/json.h"
 #include "engine/base/mapped_file.h"
 #include "engine/base/status_macros.h"
-#include "engine/manifest.h"
 
 namespace mobi {
 namespace {
@@ -124,12 +123,15 @@ absl::StatusOr<Checkpoint> Checkpoint::Open(const std::string& dir,
   MOBI_RETURN_IF_ERROR(checkpoint.OpenTensors());
   MOBI_RETURN_IF_ERROR(checkpoint.CheckNames());
   MOBI_RETURN_IF_ERROR(checkpoint.CheckTensors());
-  if (options.verify_manifest &&
-      (checkpoint.quantized() || Exists(checkpoint.dir_ + "/" + kManifestName))) {
-    MOBI_ASSIGN_OR_RETURN(checkpoint.verified_files_,
-                          VerifyManifest(checkpoint.dir_, checkpoint.FilesRead()));
+  if (options.verify_manifest) {
+    MOBI_ASSIGN_OR_RETURN(checkpoint.verified_files_, checkpoint.Verify());
   }
   return checkpoint;
+}
+
+absl::StatusOr<int> Checkpoint::Verify(const HashProgress& progress) const {
+  if (!quantized() && !Exists(dir_ + "/" + kManifestName)) return 0;
+  return VerifyManifest(dir_, FilesRead(), progress);
 }
 
 absl::Status Checkpoint::ReadConfig() {

@@ -16,6 +16,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
+#include "engine/manifest.h"
 #include "engine/model_config.h"
 #include "engine/safetensors.h"
 #include "engine/weight_source.h"
@@ -25,9 +26,7 @@
 namespace mobi {
 
 struct CheckpointOptions {
-  // Compare every file with MANIFEST's SHA-256 (reads everything). Float folders may lack a
-  // MANIFEST, mobiquant folders may not.
-  bool verify_manifest = false;
+  bool verify_manifest = false;  // Verify, last
 };
 
 class Checkpoint final : public WeightSource {
@@ -65,6 +64,10 @@ class Checkpoint final : public WeightSource {
   // "model.layers.0.self_attn.qkv_router". INVALID_ARGUMENT if a weight is not finite.
   absl::StatusOr<RouterTensors> RouterOf(std::string_view router, int num_segments,
                                          int64_t cols) const override;
+
+  // Compares every file with MANIFEST's SHA-256 (reads everything) and returns their number. Float
+  // folders may lack a MANIFEST, then 0; mobiquant folders may not.
+  absl::StatusOr<int> Verify(const HashProgress& progress = nullptr) const;
 
   void ReleasePages() const override;
 

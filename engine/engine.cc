@@ -525,11 +525,12 @@ void EngineImpl::PublishStats() {
 }
 
 // What the pool may grow to when slices leave.
-int MostBlocks(const EngineOptions& options, int num_blocks, size_t block_bytes, Model& model) {
+int MostBlocks(const EngineOptions& options, const KvRoom& room, Model& model) {
   const SlicePlanes& planes = model.slice_planes();
+  int num_blocks = room.num_blocks;
   if (!options.residency.enabled || !planes.can_drop().ok()) return num_blocks;
   for (int level = options.residency.min_levels + 1; level <= kNumLevels; ++level) {
-    num_blocks += static_cast<int>(planes.plane_bytes(level) / block_bytes);
+    num_blocks += static_cast<int>(planes.plane_bytes(level) / room.block_bytes);
   }
   return num_blocks;
 }
@@ -539,40 +540,12 @@ int MostBlocks(const EngineOptions& options, int num_blocks, size_t block_bytes,
 absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options, Model& model,
                                                        const WeightSource& source, Backend& backend,
                                                        const Clock& clock) {
-  if (options.max_num_seqs < 1 || options.block_size < 1 ||
-      options.max_num_batched_tokens < options.max_num_seqs) {
-    return absl::InvalidArgumentError(
-        "max_num_seqs and block_size must be positive, max_num_batched_tokens at least "
-        "max_num_seqs");
-  }
-  const ResidencyOptions& residency = options.residency;
-  if (residency.min_levels < 1 || residency.min_levels > kNumLevels ||
-      residency.dwell <= Duration::zero() || residency.patience <= Duration::zero() ||
-      !(residency.restore_usage > 0 && residency.restore_usage <= 1)) {
-    return absl::InvalidArgumentError(
-        "residency: min_levels must be in 1..4, dwell and patience positive, restore_usage in "
-        "(0, 1]");
-  }
-  const int positions = model.max_positions();
-  const int max_model_len =
-      options.max_model_len > 0 ? std::min(options.max_model_len, positions) : positions;
-  const size_t block_bytes =
-      KvCache::BlockBytes(model.config(), options.block_size, backend.activation_dtype());
-  const int blocks_per_seq = (max_model_len + options.block_size - 1) / options.block_size;
-  const int num_blocks = options.num_kv_blocks > 0
-                             ? options.num_kv_blocks
-                             : static_cast<int>(options.kv_memory_bytes / block_bytes);
-  if (num_blocks < blocks_per_seq) {
-    return absl::ResourceExhaustedError(
-        absl::StrCat("KV cache: ", num_blocks, " blocks of ", options.block_size, " tokens (",
-                     num_blocks * block_bytes >> 20, " MiB) do not hold one sequence of ",
-                     max_model_len, " tokens (", blocks_per_seq * block_bytes >> 20,
-                     " MiB); give it more memory or lower "
-                     "max_model_len"));
-  }
-  MOBI_ASSIGN_OR_RETURN(KvCache kv,
-                        KvCache::Create(model.config(), num_blocks, options.block_size, backend,
-                                        MostBlocks(options, num_blocks, block_bytes, model)));
+  MOBI_ASSIGN_OR_RETURN(const KvRoom room,
+                        CheckEngineOptions(options, model.config(), model.max_positions(),
+                                           backend.activation_dtype()));
+  MOBI_ASSIGN_OR_RETURN(
+      KvCache kv, KvCache::Create(model.config(), room.num_blocks, options.block_size, backend,
+                                  MostBlocks(options, room, model)));
   const auto token = source.price_table();
   // A checkpoint without a table for shared levels is priced by the other; the inner loop corrects.
   const auto coherent =
@@ -580,9 +553,9 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
   const Prices prices{PriceTable({token.begin(), token.end()}),
                       PriceTable({coherent.begin(), coherent.end()}),
                       std::max(1, source.coherent_batch())};
-  MOBI_ASSIGN_OR_RETURN(StepRunner runner, StepRunner::Create(options, max_model_len, model, prices,
-                                                              std::move(kv), backend));
-  return std::make_unique<EngineImpl>(options, max_model_len, model, source, clock,
+  MOBI_ASSIGN_OR_RETURN(StepRunner runner, StepRunner::Create(options, room.max_model_len, model,
+                                                              prices, std::move(kv), backend));
+  return std::make_unique<EngineImpl>(options, room.max_model_len, model, source, clock,
                                       std::move(runner));
 }
 

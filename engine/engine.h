@@ -23,6 +23,7 @@ namespace mobi {
 
 class Model;
 class WeightSource;
+struct ModelConfig;
 
 using RequestId = uint64_t;
 
@@ -209,6 +210,18 @@ struct EngineStats {
   float price = 0;      // at the target, trim included
   bool failed = false;  // the backend reported a fault; no step runs any more
 };
+
+// What an engine of a model with this configuration has room for.
+struct KvRoom {
+  int max_model_len = 0;
+  int num_blocks = 0;
+  size_t block_bytes = 0;
+};
+
+// Needs no weights, so that a server can refuse before it moves them. `max_positions` is the
+// model's; INVALID_ARGUMENT or RESOURCE_EXHAUSTED as Create.
+absl::StatusOr<KvRoom> CheckEngineOptions(const EngineOptions& options, const ModelConfig& config,
+                                          int max_positions, DType activation_dtype);
 
 class Engine {
  public:

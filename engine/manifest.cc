@@ -1,9 +1,13 @@
 #include "engine/manifest.h"
 
 #include <algorithm>
+#include <atomic>
 #include <filesystem>
 #include <map>
 #include <system_error>
+#include <thread>
+#include <utility>
+#include <vector>
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
@@ -11,6 +15,7 @@
 #include "absl/strings/str_split.h"
 #include "engine/base/file_writer.h"
 #include "engine/base/mapped_file.h"
+#include "engine/base/mutex.h"
 #include "engine/base/sha256.h"
 #include "engine/base/status_macros.h"
 
@@ -50,6 +55,44 @@ absl::StatusOr<Manifest> ParseManifest(std::string_view text, const std::string&
   return manifest;
 }
 
+struct Listed {
+  MappedFile file;
+  std::string digest;
+};
+
+// On as many threads as there are cores: one hashes no faster than some disks read.
+void HashAll(std::vector<Listed>& listed, const HashProgress& progress) {
+  constexpr size_t kPiece = 16 << 20;
+  uint64_t total = 0;
+  for (const Listed& one : listed) total += one.file.bytes().size();
+  Mutex mutex;
+  uint64_t done = 0;
+  const auto hashed = [&](size_t bytes) {
+    MutexLock lock(mutex);
+    done += bytes;
+    if (progress) progress(done, total);
+  };
+  std::atomic<size_t> next{0};
+  const auto work = [&] {
+    for (size_t i = next++; i < listed.size(); i = next++) {
+      Sha256 hash;
+      auto left = listed[i].file.bytes();
+      while (!left.empty()) {
+        const auto piece = left.subspan(0, kPiece);
+        hash.Update(piece);
+        hashed(piece.size());
+        left.remove_prefix(piece.size());
+      }
+      listed[i].digest = hash.HexDigest();
+    }
+  };
+  const size_t cores = std::max(1u, std::thread::hardware_concurrency());
+  std::vector<std::thread> others(std::max<size_t>(1, std::min(cores, listed.size())) - 1);
+  for (std::thread& thread : others) thread = std::thread(work);
+  work();
+  for (std::thread& thread : others) thread.join();
+}
+
 }  // namespace
 
 bool IsPlainFileName(std::string_view name) {
@@ -76,7 +119,8 @@ absl::Status WriteManifest(const std::string& dir) {
   return WriteFile(dir + "/" + kManifestName, text);
 }
 
-absl::StatusOr<int> VerifyManifest(const std::string& dir, absl::Span<const std::string> files) {
+absl::StatusOr<int> VerifyManifest(const std::string& dir, absl::Span<const std::string> files,
+                                   const HashProgress& progress) {
   const std::string path = dir + "/" + kManifestName;
   MOBI_ASSIGN_OR_RETURN(const MappedFile file, MappedFile::Open(path, kMaxManifestBytes));
   MOBI_ASSIGN_OR_RETURN(const Manifest manifest, ParseManifest(file.text(), path));
@@ -85,11 +129,19 @@ absl::StatusOr<int> VerifyManifest(const std::string& dir, absl::Span<const std:
       return absl::InvalidArgumentError(absl::StrFormat("%s: %s: not listed", path, name));
     }
   }
+  std::vector<Listed> listed;
   for (const auto& [name, expected] : manifest) {
     const bool weights = absl::EndsWith(name, ".safetensors") &&
                          std::find(files.begin(), files.end(), name) != files.end();
-    MOBI_ASSIGN_OR_RETURN(const std::string found,
-                          Sha256OfFile(dir + "/" + name, weights ? INT64_MAX : kMaxSideFileBytes));
+    MOBI_ASSIGN_OR_RETURN(
+        MappedFile mapped,
+        MappedFile::Open(dir + "/" + name, weights ? INT64_MAX : kMaxSideFileBytes));
+    listed.push_back({std::move(mapped), {}});
+  }
+  HashAll(listed, progress);
+  auto at = listed.begin();
+  for (const auto& [name, expected] : manifest) {
+    const std::string& found = (at++)->digest;
     if (found != expected) {
       return absl::DataLossError(absl::StrFormat("%s/%s: SHA-256 is %s..., MANIFEST says %s...",
                                                  dir, name, found.substr(0, 12),

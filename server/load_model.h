@@ -1,8 +1,10 @@
 // From a model folder to a ServedModel, in two steps: opening checks everything that can be checked
-// without a device and takes well below a second; loading moves weights and allocates the KV cache.
+// without a device and without reading weights, and takes well below a second; loading reads them
+// all, checks their sums, moves them and allocates the KV cache.
 #ifndef MOBI_SERVER_LOAD_MODEL_H_
 #define MOBI_SERVER_LOAD_MODEL_H_
 
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <string>
@@ -35,11 +37,20 @@ struct OpenedModel {
 // One line with file, field and reason.
 absl::StatusOr<OpenedModel> OpenModel(const LoadOptions& options);
 
-// UNAVAILABLE: no such device. RESOURCE_EXHAUSTED: it does not fit. `progress` hears layers done
-// and their number. `clock` outlives the model.
+struct LoadProgress {
+  int layers = 0;
+  int num_layers = 0;
+  uint64_t checked_bytes = 0;  // of the files, against MANIFEST
+  uint64_t num_bytes = 0;      // 0: nothing is checked
+};
+
+// Checks the files' sums while their weights move, so that neither waits for the other and both
+// read the disk once; nothing is served before both are done. UNAVAILABLE: no such device.
+// RESOURCE_EXHAUSTED: it does not fit. DATA_LOSS: a file is not MANIFEST's. `progress` is called by
+// one thread at a time. `clock` outlives the model.
 absl::StatusOr<std::unique_ptr<ServedModel>> LoadModel(
     const LoadOptions& options, OpenedModel opened, const Clock& clock,
-    const std::function<void(int done, int total)>& progress);
+    const std::function<void(const LoadProgress&)>& progress);
 
 // Of a Llama with this configuration; tied embeddings count once.
 int64_t NumParameters(const ModelConfig& config);

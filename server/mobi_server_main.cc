@@ -20,7 +20,8 @@
 
 ABSL_FLAG(std::string, model, "", "Model folder: a MoBiQuant checkpoint, or a float Llama.");
 ABSL_FLAG(std::string, served_model_name, "", "Name that clients see; empty: the folder's.");
-ABSL_FLAG(bool, verify_manifest, true, "Compare every file with MANIFEST's SHA-256 first.");
+ABSL_FLAG(bool, verify_manifest, true,
+          "Compare every file with MANIFEST's SHA-256 before serving.");
 ABSL_FLAG(std::string, device, "cpu", "cpu, cuda or auto.");
 ABSL_FLAG(int, threads, 0, "CPU threads; 0: one per core.");
 ABSL_FLAG(std::string, listen, "0.0.0.0:50051", "Address for applications.");
@@ -188,16 +189,22 @@ absl::Status CheckFlags() {
   return absl::OkStatus();
 }
 
-// One line a second while weights move to the device.
-class LoadProgress {
+// One line a second while weights are checked and move to the device.
+class ProgressLines {
  public:
-  explicit LoadProgress(const Clock& clock) : clock_(clock), last_(clock.Now()) {}
+  explicit ProgressLines(const Clock& clock) : clock_(clock), last_(clock.Now()) {}
 
-  void OnLayer(int done, int total) {
+  void On(const LoadProgress& progress) {
     const TimePoint now = clock_.Now();
     if (now - last_ < std::chrono::seconds(1)) return;
     last_ = now;
-    std::printf("loading  %d of %d layers\n", done, total);
+    std::printf("loading  %d of %d layers", progress.layers, progress.num_layers);
+    if (progress.num_bytes > 0) {
+      std::printf(", %.0f%% of the files checked", 100.0 *
+                                                       static_cast<double>(progress.checked_bytes) /
+                                                       static_cast<double>(progress.num_bytes));
+    }
+    std::printf("\n");
     std::fflush(stdout);
   }
 
@@ -288,9 +295,9 @@ int Serve(const std::string& program) {
   }
   std::printf("mobi-server %s loads %s\n", kServerVersion, load.dir.c_str());
   std::fflush(stdout);
-  LoadProgress progress(clock);
+  ProgressLines lines(clock);
   auto model = LoadModel(load, *std::move(opened), clock,
-                         [&](int done, int total) { progress.OnLayer(done, total); });
+                         [&](const LoadProgress& progress) { lines.On(progress); });
   if (!model.ok()) {
     return Fail(absl::IsInternal(model.status()) ? kExitFailure : kExitUsage, model.status());
   }
