@@ -73,7 +73,7 @@ MATRIX = {  # name: (values file or none, values)
                           "fullnameOverride": "x" * 70, "image": {"digest": "sha256:" + "0" * 64}}),
 }
 REFUSED = [  # values, and what the message must name
-    ({"autoscaling": {"keda": {"enabled": True}, "hpa": {"enabled": True}}}, "autoscaling"),
+    ({"autoscaling": {"keda": {"enabled": True}, "hpa": {"enabled": True}}}, "exclude each other"),
     ({"replica": 2}, "replica"),
     ({"flags": {"model": "/x"}}, "model"),
     ({"flags": {"Max-Seqs": 1}}, "Max-Seqs"),

@@ -132,7 +132,7 @@ seccompProfile:
   type: RuntimeDefault
 {{- end -}}
 
-{{/* What no schema can say. */}}
+{{/* What no schema can say, or not so that one understands it. */}}
 {{- define "mobiserve.check" -}}
 {{- $s := .Values.shutdown -}}
 {{- if gt (add $s.preStopSeconds $s.drainSeconds 5 | int) (int $s.graceSeconds) -}}
