@@ -1,6 +1,6 @@
 #!/usr/bin/python3
 """A rolling update of two servers behind the front proxy, under load: no request fails, and no client
-tries again. The proxy runs with the limits that deploy/ and the chart ship.
+tries again. The proxy runs with the configuration that deploy/ ships, its addresses replaced.
 
 Each server is replaced as Kubernetes does it: first it leaves the proxy's backends (its endpoint goes
 while preStop sleeps), then it gets SIGTERM and drains, then a new one takes its place.
@@ -19,7 +19,7 @@ import urllib.request
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
 from named_metrics import FILES  # noqa: E402
-from server_process import Server, free_ports, wait_until  # noqa: E402
+from server_process import ROOT, Server, free_ports, wait_until  # noqa: E402
 
 BIN, WORK = sys.argv[1], pathlib.Path(sys.argv[2])
 CLIENTS = 4
@@ -34,13 +34,18 @@ class Proxy:
         self.log = open(WORK / "nghttpx.log", "w")
 
     def backends(self, servers):
-        return [f"backend={s.data.replace(':', ',')};;proto=h2" for s in servers]
+        return [f"backend={s.data.replace(':', ',')};;proto=h2;dns" for s in servers]
 
     def start(self, servers):
-        lines = [f"include={FILES / 'nghttpx-limits.conf'}", f"errorlog-file={WORK / 'errors'}",
-                 f"frontend=127.0.0.1,{self.port};no-tls",
-                 f"frontend=127.0.0.1,{self.api_port};no-tls;api", *self.backends(servers)]
-        self.config.write_text("\n".join(lines) + "\n")
+        text = (ROOT / "deploy" / "nghttpx.conf").read_text()
+        for shipped, here in (
+                ("include=/etc/nghttpx/nghttpx-limits.conf", f"include={FILES / 'nghttpx-limits.conf'}"),
+                ("frontend=*,8443;no-tls", f"frontend=127.0.0.1,{self.port};no-tls"),
+                ("backend=server,50051;;proto=h2;dns", "\n".join(self.backends(servers)))):
+            assert f"\n{shipped}\n" in text, f"deploy/nghttpx.conf has no line {shipped}"
+            text = text.replace(f"\n{shipped}\n", f"\n{here}\n")
+        self.config.write_text(text + f"errorlog-file={WORK / 'errors'}\n"
+                               f"frontend=127.0.0.1,{self.api_port};no-tls;api\n")
         self.process = subprocess.Popen(["nghttpx", f"--conf={self.config}"], stdout=self.log,
                                         stderr=self.log)
         wait_until(lambda: socket.create_connection(("127.0.0.1", self.port), 1),
