@@ -61,7 +61,7 @@ def autoscaling_queries():
 
 def document_names():
     """Metrics that documents name in `backquotes`."""
-    for path in [ROOT / "README.md", *sorted((ROOT / "deploy").glob("*.md")),
+    for path in [ROOT / "README.md", *sorted((ROOT / "deploy").rglob("*.md")),
                  ROOT / "helm/mobiserve/README.md"]:
         for quoted in re.findall(r"`([^`\n]+)`", path.read_text()):
             for name in METRIC.findall(quoted):
