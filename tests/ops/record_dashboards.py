@@ -1,9 +1,9 @@
 #!/usr/bin/python3
-"""Draws panels of the operator dashboard over a load test, for the documentation: the real server
-under load that rises and falls, scraped by the real Prometheus, asked the dashboard's own queries.
-Needs python3-matplotlib; run by hand.
+"""Draws panels of both dashboards over a load test, for the documentation: the real server under load
+that rises and falls, with little KV memory, scraped by the real Prometheus, asked the dashboards' own
+queries. Needs python3-matplotlib; run by hand.
 
-usage: record_dashboards.py BIN_DIR WORK_DIR OUT.png
+usage: record_dashboards.py BIN_DIR WORK_DIR OUT_DIR     writes operator.png and service.png
 """
 import pathlib
 import subprocess
@@ -20,9 +20,14 @@ from prometheus_process import Prometheus  # noqa: E402
 from server_process import Server, free_ports  # noqa: E402
 
 WORK = pathlib.Path(sys.argv[2])
-RATES = "1:20,8:35,1:40"  # requests a second : seconds
-PANELS = ["Bits", "Pressure by signal", "Bits deficit by replica", "Time to first token", "Queue",
-          "Engine busy"]
+RATES = "1:20,25:35,1:40"  # requests a second : seconds
+FLAGS = ["--threads", "1", "--max_num_seqs", "8", "--kv_memory_mib", "8"]
+PANELS = {
+    "operator": ["Bits", "Decoded tokens by level", "Pressure by signal", "Bits deficit by replica",
+                 "Time to first token", "Queue", "Slices in memory", "KV blocks"],
+    "service": ["Requests by status", "Tokens", "Running and waiting", "Time to first token",
+                "Inter-token latency", "In the queue", "Step time", "KV cache"],
+}
 POLICY = """\
 slo: {ttft_p95_ms: 500, itl_p95_ms: 50}
 windows:
@@ -39,12 +44,10 @@ def drive(server):
                     "--prompt_tokens", "32:200", "--new_tokens", "100:300"], check=True)
 
 
-def panel_of(title):
-    for board in named_metrics.dashboards().values():
-        for panel in board["panels"]:
-            if panel["title"] == title:
-                return panel
-    raise KeyError(title)
+def panel_of(board, title):
+    panel, = (p for p in named_metrics.dashboards()[f"{board}.json"]["panels"]
+              if p["title"] == title)
+    return panel
 
 
 def legend(target, metric):
@@ -54,7 +57,9 @@ def legend(target, metric):
     return text.replace(metric.get("instance", "\0"), "a")
 
 
-def draw(axes, panel, prometheus, start, end):
+def series_of(panel, prometheus, start, end):
+    """{legend: {second: value}}"""
+    found = {}
     for target in panel["targets"]:
         expression = target["expr"]
         for variable in ("$namespace", "$job", "$instance"):
@@ -62,30 +67,50 @@ def draw(axes, panel, prometheus, start, end):
         expression = expression.replace("$__rate_interval", "5s")
         data = prometheus.api("query_range", query=expression, start=start, end=end, step=0.5)
         for series in data["result"]:
-            points = [(float(t) - start, float(v)) for t, v in series["values"] if v != "NaN"]
-            axes.plot(*zip(*points), label=legend(target, series["metric"]), linewidth=1)
-    axes.set_title(panel["title"], fontsize=9)
+            found[legend(target, series["metric"])] = {
+                float(t) - start: float(v) for t, v in series["values"] if v != "NaN"}
+    return found
+
+
+def draw(axes, panel, found):
+    field = panel["fieldConfig"]["defaults"]
+    if field["custom"]["stacking"]["mode"] == "normal":
+        times = sorted({t for values in found.values() for t in values})
+        axes.stackplot(times, [[values.get(t, 0) for t in times] for values in found.values()],
+                       labels=list(found))
+    else:
+        for label, values in found.items():
+            axes.plot(list(values), list(values.values()), label=label, linewidth=1)
+    unit = {"s": ", seconds", "percentunit": ", 1 is all"}.get(field["unit"], "")
+    axes.set_title(panel["title"] + unit, fontsize=9)
     axes.legend(fontsize=7, loc="upper right")
     axes.tick_params(labelsize=7)
     axes.grid(alpha=0.3)
+
+
+def picture(board, prometheus, start, end, path):
+    figure, axes = plt.subplots(4, 2, figsize=(11, 10), sharex=True)
+    for title, place in zip(PANELS[board], axes.flat):
+        panel = panel_of(board, title)
+        draw(place, panel, series_of(panel, prometheus, start, end))
+    for place in axes[-1]:
+        place.set_xlabel("seconds", fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
 
 
 def main():
     WORK.mkdir(parents=True, exist_ok=True)
     policy = WORK / "policy.yaml"
     policy.write_text(POLICY)
-    with Server(sys.argv[1], "--threads", "1", "--policy", policy, "--max_num_seqs", "8") as server:
+    with Server(sys.argv[1], "--policy", policy, *FLAGS) as server:
         prometheus = Prometheus(WORK, f"http://127.0.0.1:{free_ports(1)[0]}", server.metrics)
         try:
             start = time.time()
             drive(server)
-            figure, axes = plt.subplots(3, 2, figsize=(11, 8), sharex=True)
-            for panel, place in zip(PANELS, axes.flat):
-                draw(place, panel_of(panel), prometheus, start, time.time())
-            for place in axes[-1]:
-                place.set_xlabel("seconds", fontsize=7)
-            figure.tight_layout()
-            figure.savefig(sys.argv[3], dpi=90)
+            for board in PANELS:
+                picture(board, prometheus, start, time.time(),
+                        pathlib.Path(sys.argv[3]) / f"{board}.png")
         finally:
             prometheus.stop()
 
