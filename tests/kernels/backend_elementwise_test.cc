@@ -1,3 +1,4 @@
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -21,6 +22,10 @@ TEST_P(BackendElementwise, MemoryIsAlignedAndCopiesAreExact) {
   EXPECT_EQ(ToHost(device, 3), values);
   backend().Zero(device, 8);
   EXPECT_EQ(ToHost(device, 3), (std::vector<int32_t>{0, 0, 3}));
+  // As large as a weight, which may be copied in parts.
+  std::vector<int32_t> weight((9 << 18) + 7);
+  std::iota(weight.begin(), weight.end(), 0);
+  EXPECT_EQ(ToHost(OnDevice(weight), weight.size()), weight);
   EXPECT_GT(backend().memory().total, 0u);
   EXPECT_LE(backend().memory().free, backend().memory().total);
 }
