@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "kernels/choose_levels.h"
 #include "kernels/cpu/dense_matmul.h"
 #include "kernels/cpu/elementwise.h"
 
@@ -30,59 +31,6 @@ void PredictLosses(const Router& router, int num_scores, const float* x, int64_t
   }
 }
 
-// The first of the levels in [lowest, highest] whose cost[level - 1] is least.
-int Cheapest(const double* cost, int lowest, int highest) {
-  int best = lowest;
-  for (int level = lowest + 1; level <= highest; ++level) {
-    if (cost[level - 1] < cost[best - 1]) best = level;
-  }
-  return best;
-}
-
-bool AllFinite(const float* losses) {
-  return std::all_of(losses, losses + kNumLevels, [](float loss) { return std::isfinite(loss); });
-}
-
-// The level that the coherent tokens of a segment share. losses are kMaxScores apart.
-int SharedLevel(const float* losses, const float* bytes, const RoutingBatch& batch) {
-  int pinned = 0;  // the highest level that is read whatever is chosen here
-  for (int i = 0; i < batch.num_tokens; ++i) {
-    if (batch.min_level[i] == batch.max_level[i])
-      pinned = std::max<int>(pinned, batch.max_level[i]);
-  }
-  double cost[kNumLevels];
-  for (int k = 0; k < kNumLevels; ++k) {
-    cost[k] = k < pinned ? 0.0 : bytes[k] - (pinned > 0 ? double{bytes[pinned - 1]} : 0.0);
-  }
-  for (int i = 0; i < batch.num_coherent; ++i) {
-    const float* loss = losses + i * kMaxScores;
-    if (batch.min_level[i] == batch.max_level[i] || !AllFinite(loss)) continue;
-    for (int k = 0; k < kNumLevels; ++k) cost[k] += double{loss[k]} / batch.price[i];
-  }
-  return Cheapest(cost, 1, kNumLevels);
-}
-
-int OwnLevel(const float* loss, const float* bytes, float price, int lowest, int highest) {
-  double cost[kNumLevels];
-  for (int k = 0; k < kNumLevels; ++k) cost[k] = loss[k] + double{price} * bytes[k];
-  return Cheapest(cost, lowest, highest);
-}
-
-void ChooseLevels(const float* losses, const float* bytes, const RoutingBatch& batch,
-                  uint8_t* levels) {
-  const int shared = batch.num_coherent > 0 ? SharedLevel(losses, bytes, batch) : 0;
-  for (int i = 0; i < batch.num_tokens; ++i) {
-    const int lowest = batch.min_level[i], highest = batch.max_level[i];
-    const float* loss = losses + i * kMaxScores;
-    int level = highest;
-    if (AllFinite(loss)) {
-      level = i < batch.num_coherent ? std::clamp(shared, lowest, highest)
-                                     : OwnLevel(loss, bytes, batch.price[i], lowest, highest);
-    }
-    levels[i] = static_cast<uint8_t>(level);
-  }
-}
-
 }  // namespace
 
 void Route(ThreadPool& pool, Workspace& workspace, Tensor x, const RoutedWeight& linear,
@@ -106,7 +54,7 @@ void Route(ThreadPool& pool, Workspace& workspace, Tensor x, const RoutedWeight&
     const int64_t tiles = rows / kTileRows * (weight.cols / kGroupSize);
     const float* bytes = router.bytes[s].data();
     uint8_t* chosen = levels + s * levels_stride;
-    ChooseLevels(losses + s * kNumLevels, bytes, batch, chosen);
+    ChooseLevels(losses + s * kNumLevels, kMaxScores, bytes, batch, chosen);
     int highest = 0;
     for (int64_t i = 0; i < tokens; ++i) {
       batch.level_tiles[i] += static_cast<uint32_t>(chosen[i] * tiles);
