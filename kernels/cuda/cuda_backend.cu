@@ -321,8 +321,10 @@ void CudaBackend::SlicedMatmul(Tensor x, const SlicedWeight& weight, const uint8
   launch.pdl = context_.dependent_launch;
   launch.workspace = context_.scratch;
   launch.workspace_bytes = context_.scratch_bytes;
-  // Which kernel computes a token depends on its request alone. Outside of a step: the short one's.
-  const bool prompts = step_.has_value() && step_->num_tokens == out.rows;
+  // Which kernel computes a token depends on its request alone. Logits, which are in fp32, and
+  // whatever comes outside of a step: the short one's.
+  const bool prompts =
+      step_.has_value() && step_->num_tokens == out.rows && out.dtype != DType::kF32;
   const int64_t num_short = prompts ? step_->num_short : out.rows;
   if (num_short > 0) {
     fault_.Check(cuda::LaunchSlicedMatmul(launch, x.FirstRows(num_short), weight, levels,

@@ -69,6 +69,22 @@ TEST_P(BackendMatmul, SlicedEqualsReferenceAtEachLevel) {
   }
 }
 
+// Logits: fp32 results whatever the activations are, with nothing between two rows.
+TEST_P(BackendMatmul, SlicedGivesFloats) {
+  for (const int tokens : {1, 3, 20}) {
+    const int64_t cols = kGroupSize * Uniform(1, 12);
+    const HostWeight weight = RandomWeight({int64_t{kTileRows} * Uniform(20, 60)}, cols);
+    const Matrix x = Normal(activations(), tokens, cols);
+    const std::vector<uint8_t> levels = RandomLevels(tokens);
+    const Matrix expected = Matrix::Poisoned(DType::kF32, tokens, weight.view.rows);
+    reference::SlicedMatmul(x.view(), weight.view, levels.data(), tokens, expected.view());
+    const Tensor out = OnDevice(Matrix::Poisoned(DType::kF32, tokens, weight.view.rows));
+    backend().SlicedMatmul(OnDevice(x), OnDevice(weight), OnDevice(levels), tokens, out);
+    ExpectClose(ToHost(out), expected, ToleranceOf(Op::kMatmul, activations()),
+                std::to_string(tokens) + " tokens");
+  }
+}
+
 // A token's row of the product: the same bits alone and in any company, whatever the others'
 // levels.
 TEST_P(BackendMatmul, SlicedIsBatchInvariant) {
