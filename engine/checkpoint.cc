@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cmath>
 #include <optional>
 #include <set>
 #include <utility>
@@ -68,6 +69,25 @@ absl::StatusOr<std::vector<PricePoint>> ReadPriceTable(const JsonObject& object,
     table.push_back(point);
   }
   return table;
+}
+
+absl::StatusOr<LmHeadLevels> ReadLmHead(const JsonObject& object) {
+  LmHeadLevels lm_head;
+  MOBI_ASSIGN_OR_RETURN(const int64_t min_level, object.Int("min_level", 1, kNumLevels));
+  lm_head.min_level = static_cast<int>(min_level);
+  MOBI_ASSIGN_OR_RETURN(const nlohmann::json* loss, object.Array("loss"));
+  if (loss->size() != kNumLevels) {
+    return object.Error("loss", absl::StrFormat("%u values, not one for each of %d levels",
+                                                loss->size(), kNumLevels));
+  }
+  for (size_t i = 0; i < kNumLevels; ++i) {
+    const nlohmann::json& value = (*loss)[i];
+    lm_head.loss[i] = value.is_number() ? value.get<float>() : NAN;
+    if (!(lm_head.loss[i] >= 0 && std::isfinite(lm_head.loss[i]))) {
+      return object.Error("loss", absl::StrFormat("level %u: not a finite number from 0", i + 1));
+    }
+  }
+  return lm_head;
 }
 
 // Index of the first value that is infinite or not a number.
@@ -168,6 +188,10 @@ absl::Status Checkpoint::ReadQuantizationConfig() {
     MOBI_ASSIGN_OR_RETURN(coherent_price_table_, ReadPriceTable(coherent, "table"));
     coherent_batch_ = static_cast<int>(batch);
   }
+  if (object.Has("lm_head")) {
+    MOBI_ASSIGN_OR_RETURN(const JsonObject lm_head, object.Object("lm_head"));
+    MOBI_ASSIGN_OR_RETURN(lm_head_, ReadLmHead(lm_head));
+  }
   quantization_config_ = object.value();
   return absl::OkStatus();
 }
@@ -250,9 +274,7 @@ absl::Status Checkpoint::CheckTensors() const {
   const int64_t vocab = config_.vocab_size;
   MOBI_RETURN_IF_ERROR(CheckFloat("model.embed_tokens.weight", {vocab, hidden}));
   MOBI_RETURN_IF_ERROR(CheckFloat("model.norm.weight", {hidden}));
-  if (!config_.tie_word_embeddings) {
-    MOBI_RETURN_IF_ERROR(CheckFloat("lm_head.weight", {vocab, hidden}));
-  }
+  MOBI_RETURN_IF_ERROR(CheckLmHead());
   for (int layer = 0; layer < config_.num_hidden_layers; ++layer) {
     const std::string prefix = absl::StrCat("model.layers.", layer, ".");
     MOBI_RETURN_IF_ERROR(CheckFloat(prefix + "input_layernorm.weight", {hidden}));
@@ -271,6 +293,16 @@ absl::Status Checkpoint::CheckTensors() const {
     }
   }
   return absl::OkStatus();
+}
+
+absl::Status Checkpoint::CheckLmHead() const {
+  const int64_t vocab = config_.vocab_size, hidden = config_.hidden_size;
+  if (lm_head_.has_value()) return SlicedViews(kLmHead, vocab, hidden).status();
+  if (Has("lm_head.slice_0")) {
+    return Error("lm_head.slice_0", "but config.json's quantization_config has no lm_head");
+  }
+  if (config_.tie_word_embeddings) return absl::OkStatus();
+  return CheckFloat("lm_head.weight", {vocab, hidden});
 }
 
 absl::Status Checkpoint::CheckFloat(std::string_view name, absl::Span<const int64_t> shape) const {

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -51,6 +52,7 @@ class Checkpoint final : public WeightSource {
     return coherent_price_table_;
   }
   int coherent_batch() const override { return coherent_batch_; }  // 0: no coherent table
+  std::optional<LmHeadLevels> lm_head() const override { return lm_head_; }
 
   bool Has(std::string_view name) const { return tensors_.find(name) != tensors_.end(); }
   // NOT_FOUND names file and tensor; the second form also checks the shape (INVALID_ARGUMENT).
@@ -88,6 +90,7 @@ class Checkpoint final : public WeightSource {
   absl::Status OpenShards(const std::string& index_path);
   absl::Status CheckNames() const;
   absl::Status CheckTensors() const;
+  absl::Status CheckLmHead() const;
   absl::Status CheckFloat(std::string_view name, absl::Span<const int64_t> shape) const;
   absl::Status Error(std::string_view name, std::string_view reason) const;
   // With this dtype and shape.
@@ -107,7 +110,8 @@ class Checkpoint final : public WeightSource {
   std::vector<PricePoint> price_table_;
   std::vector<PricePoint> coherent_price_table_;
   int coherent_batch_ = 0;
-  std::string weights_path_;  // the single file or the index
+  std::optional<LmHeadLevels> lm_head_;  // set when it is in slices
+  std::string weights_path_;             // the single file or the index
   std::vector<SafetensorsFile> files_;
   std::map<std::string, Entry, std::less<>> tensors_;  // pointing into files_
   int verified_files_ = 0;

@@ -86,13 +86,13 @@ absl::Status CheckOutput(const std::string& dir, bool overwrite) {
   return absl::OkStatus();
 }
 
-// Slices and scales of every linear, routers, norms, embeddings.
+// Slices and scales of every linear, routers, norms, embeddings, lm_head.
 uint64_t HeaderCapacity(const ModelConfig& config) {
   uint64_t per_layer = 2;
   for (const RoutedGroup& group : RoutedGroupsOfLayer(config, 0)) {
     per_layer += 5 + group.linears.size() * (kNumSlices + kNumLevels);
   }
-  const uint64_t tensors = per_layer * static_cast<uint64_t>(config.num_hidden_layers) + 8;
+  const uint64_t tensors = per_layer * static_cast<uint64_t>(config.num_hidden_layers) + 16;
   return std::min(tensors * kHeaderBytesPerTensor, kMaxHeaderBytes);
 }
 
@@ -174,9 +174,9 @@ absl::Status CheckpointWriter::AddRouter(std::string_view router, const RouterTe
   return absl::OkStatus();
 }
 
-absl::Status CheckpointWriter::AddUnquantized() {
+absl::Status CheckpointWriter::AddUnquantized(bool sliced_lm_head) {
   std::vector<std::string> names = {"model.embed_tokens.weight", "model.norm.weight"};
-  if (!source_.config().tie_word_embeddings) names.push_back("lm_head.weight");
+  if (!source_.config().tie_word_embeddings && !sliced_lm_head) names.push_back("lm_head.weight");
   for (int layer = 0; layer < source_.config().num_hidden_layers; ++layer) {
     for (const char* norm : {"input_layernorm", "post_attention_layernorm"}) {
       names.push_back(absl::StrFormat("model.layers.%d.%s.weight", layer, norm));

@@ -47,13 +47,14 @@ class CheckpointWriter {
   absl::Status AddSliced(std::string_view linear, const SlicedTensors& tensors);
   // "model.layers.0.self_attn.qkv_router"; the names inside `tensors` are not looked at.
   absl::Status AddRouter(std::string_view router, const RouterTensors& tensors);
-  // Embeddings, norms and lm_head, as they are in the source.
-  absl::Status AddUnquantized();
+  // Embeddings and norms as they are in the source, and lm_head.weight unless it is tied or in
+  // slices: then AddSliced(kLmHead, ...) adds them.
+  absl::Status AddUnquantized(bool sliced_lm_head = false);
 
   // Completes the folder: config.json, tokenizer and generation files of the source, MANIFEST. The
-  // keys given here ("price_table", "recipe", "calibration") join the fixed ones in config.json's
-  // "quantization_config". Opens the result as a reader would before it takes its name, so that
-  // what stands at output_dir can be loaded. Call once.
+  // keys given here ("price_table", "lm_head", "recipe", "calibration") join the fixed ones in
+  // config.json's "quantization_config". Opens the result as a reader would before it takes its
+  // name, so that what stands at output_dir can be loaded. Call once.
   absl::Status Commit(const nlohmann::json& quantization_config);
 
   const std::string& partial_dir() const { return partial_dir_; }

@@ -99,6 +99,7 @@ absl::Status DecodeBench::Run() {
   for (const ChunkResult& chunk : result.chunks) effective_bits_ += chunk.last_effective_bits;
   effective_bits_ /= static_cast<double>(result.chunks.size());
   loaded_bits_ = result.loaded_bits;
+  lm_head_level_ = result.lm_head_level;
   return absl::OkStatus();
 }
 
@@ -117,7 +118,9 @@ double DecodeBench::StepBytes() const {
     }
   }
   const DType dtype = model_.backend().activation_dtype();
-  const double head = 2.0 * config.vocab_size * config.hidden_size;
+  const int64_t vocab = config.vocab_size, hidden = config.hidden_size;
+  const double head = lm_head_level_ > 0 ? BytesAtLevel(vocab, hidden, lm_head_level_)
+                                         : 2.0 * static_cast<double>(vocab * hidden);
   const double kv = static_cast<double>(KvCache::BlockBytes(config, 1, dtype)) * options_.context;
   return linears + head + kv * num_seqs_;
 }

@@ -58,6 +58,7 @@ class DecodeBench {
   std::map<std::pair<int, float>, float> trims_;  // log price found for sequences and bits
   double effective_bits_ = 0;
   double loaded_bits_ = 0;
+  int lm_head_level_ = 0;
 };
 
 }  // namespace mobi

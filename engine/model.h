@@ -14,6 +14,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "engine/lm_head.h"
 #include "engine/model_config.h"
 #include "engine/slice_planes.h"
 #include "engine/weight_source.h"
@@ -110,8 +111,15 @@ class Model {
   // The whole stack: the final hidden states, normalised, are left in act.normed.
   void Forward(const StepTensors& step, const KvCache& kv, const Activations& act,
                LinearObserver* observer = nullptr) const;
-  // logits [n, vocab_size] fp32 of n rows of normalised hidden states.
-  void Logits(Tensor hidden, Tensor logits) const;
+  // Set when lm_head is in slices.
+  const std::optional<SlicedLmHead>& sliced_lm_head() const { return sliced_lm_head_; }
+  // Elements from one row of logits to the next that Logits needs at least.
+  int64_t logits_stride() const {
+    return sliced_lm_head_.has_value() ? sliced_lm_head_->weight.rows : config_.vocab_size;
+  }
+  // logits [n, vocab_size] fp32 of n rows of normalised hidden states; what lies between the rows
+  // is written, too. levels [n] of a sliced lm_head, in the backend's memory; else not looked at.
+  void Logits(Tensor hidden, const uint8_t* levels, Tensor logits) const;
 
   const std::vector<DecoderLayer>& layers() const { return layers_; }
   // Steps may read the levels that are resident, no others.
@@ -132,8 +140,9 @@ class Model {
   int max_positions_ = 0;
   size_t weight_bytes_ = 0;
   int64_t routed_tiles_ = 0;
-  Tensor embedding_;   // [vocab_size, hidden_size]
-  Tensor lm_head_;     // [vocab_size, hidden_size]; the embedding when tied
+  Tensor embedding_;  // [vocab_size, hidden_size]
+  Tensor lm_head_;    // [vocab_size, hidden_size]; the embedding when tied; none when in slices
+  std::optional<SlicedLmHead> sliced_lm_head_;
   Tensor final_norm_;  // fp32 [1, hidden_size]
   RopeTable rope_;
   std::vector<DecoderLayer> layers_;

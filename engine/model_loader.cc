@@ -2,6 +2,7 @@
 // that share an input are stacked by rows, so that one op reads them all.
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -59,11 +60,7 @@ class ModelLoader {
     MOBI_ASSIGN_OR_RETURN(model_->embedding_, Dense("model.embed_tokens.weight", config.vocab_size,
                                                     config.hidden_size));
     MOBI_ASSIGN_OR_RETURN(model_->final_norm_, Norm("model.norm.weight"));
-    model_->lm_head_ = model_->embedding_;
-    if (!config.tie_word_embeddings) {
-      MOBI_ASSIGN_OR_RETURN(model_->lm_head_,
-                            Dense("lm_head.weight", config.vocab_size, config.hidden_size));
-    }
+    MOBI_RETURN_IF_ERROR(LoadLmHead());
     for (int i = 0; i < config.num_hidden_layers; ++i) {
       MOBI_ASSIGN_OR_RETURN(DecoderLayer layer, LoadLayer(i));
       model_->layers_.push_back(layer);
@@ -84,9 +81,7 @@ class ModelLoader {
     for (const RoutedGroup& group : RoutedGroupsOfLayer(config, 0)) {
       const int64_t cols = group.linears.front().cols;
       for (const LinearShape& linear : group.linears) {
-        layer += model_->routed_ ? kNumSlices * SliceBytes(linear.rows, cols) +
-                                       kNumLevels * ScaleBytes(linear.rows, cols)
-                                 : element * linear.rows * cols;
+        layer += model_->routed_ ? SlicedBytes(linear.rows, cols) : element * linear.rows * cols;
       }
       if (!model_->routed_) continue;
       MOBI_ASSIGN_OR_RETURN(
@@ -94,7 +89,15 @@ class ModelLoader {
           source_.RouterOf(group.router, static_cast<int>(group.linears.size()), cols));
       layer += router.w1.bytes.size();
     }
-    return embedding * (config.tie_word_embeddings ? 1 : 2) + layer * config.num_hidden_layers;
+    size_t lm_head = config.tie_word_embeddings ? 0 : embedding;
+    if (source_.lm_head().has_value()) {
+      lm_head = SlicedBytes(config.vocab_size, config.hidden_size);
+    }
+    return embedding + lm_head + layer * config.num_hidden_layers;
+  }
+
+  static size_t SlicedBytes(int64_t rows, int64_t cols) {
+    return kNumSlices * SliceBytes(rows, cols) + kNumLevels * ScaleBytes(rows, cols);
   }
 
   absl::Status CheckMemory() const {
@@ -142,6 +145,42 @@ class ModelLoader {
     if (IsFloat(host.dtype)) return absl::OkStatus();
     return absl::DataLossError(absl::StrCat(source_.name(), ": tensor ", host.name, " is ",
                                             std::string(Name(host.dtype)), ", not a float type"));
+  }
+
+  absl::Status LoadLmHead() {
+    const ModelConfig& config = model_->config_;
+    const int64_t rows = config.vocab_size, cols = config.hidden_size;
+    if (const std::optional<LmHeadLevels> levels = source_.lm_head()) {
+      MOBI_ASSIGN_OR_RETURN(SlicedLmHead head, LoadSlicedLmHead(rows, cols));
+      head.levels = *levels;
+      model_->sliced_lm_head_ = head;
+      return absl::OkStatus();
+    }
+    model_->lm_head_ = model_->embedding_;
+    if (!config.tie_word_embeddings) {
+      MOBI_ASSIGN_OR_RETURN(model_->lm_head_, Dense("lm_head.weight", rows, cols));
+    }
+    return absl::OkStatus();
+  }
+
+  // Slices that always stay: SlicePlanes has those that may leave.
+  absl::StatusOr<SlicedLmHead> LoadSlicedLmHead(int64_t rows, int64_t cols) {
+    MOBI_ASSIGN_OR_RETURN(const SlicedTensors host, source_.Sliced(kLmHead, rows, cols));
+    SlicedLmHead head;
+    head.weight.rows = head.weight.segment_end[0] = PaddedRows(rows);
+    head.weight.cols = cols;
+    for (int i = 0; i < kNumSlices; ++i) {
+      const size_t slice_bytes = host.slices[i].size();
+      const size_t scale_bytes = host.scales[i].size() * sizeof(uint16_t);
+      MOBI_ASSIGN_OR_RETURN(std::byte * slice, Allocate(slice_bytes, "lm_head"));
+      MOBI_ASSIGN_OR_RETURN(std::byte * scales, Allocate(scale_bytes, "lm_head"));
+      backend_.Upload(host.slices[i].data(), slice_bytes, slice);
+      backend_.Upload(host.scales[i].data(), scale_bytes, scales);
+      head.weight.slices[i] = reinterpret_cast<const uint8_t*>(slice);
+      head.weight.scales[i] = reinterpret_cast<const uint16_t*>(scales);
+      head.bytes[i] = static_cast<float>(BytesAtLevel(rows, cols, i + 1));
+    }
+    return head;
   }
 
   absl::StatusOr<Tensor> Dense(const std::string& name, int64_t rows, int64_t cols) {

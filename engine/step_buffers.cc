@@ -38,12 +38,14 @@ absl::StatusOr<StepBuffers> StepBuffers::Create(const StepLimits& limits, Backen
     b.Place(b.context_len, seqs);
     b.Place(b.logits_rows, seqs);
     b.Place(b.sampling, seqs);
+    b.Place(b.logits_levels, seqs);
     b.block_table_offset_ = b.used_;
     b.Place(b.block_table, seqs * b.block_table_stride);
     b.Place(b.edits, static_cast<size_t>(b.max_edits));
     b.Place(b.row_ids, seqs);
     b.Place(b.score_rows, seqs);
     b.Place(b.score_ids, seqs);
+    b.Place(b.score_levels, seqs);
     b.Place(b.level_tiles, tokens);
     b.Place(b.loaded_bytes, 1);
     b.Place(b.sampled, seqs);

@@ -41,13 +41,15 @@ class StepBuffers {
   // Inputs, per sequence.
   StepArray<int32_t> query_start, context_len, logits_rows;
   StepArray<SamplingRow> sampling;
-  StepArray<int32_t> block_table;  // [max_seqs, block_table_stride]
+  StepArray<uint8_t> logits_levels;  // of a sliced lm_head
+  StepArray<int32_t> block_table;    // [max_seqs, block_table_stride]
   StepArray<LogitEdit> edits;
   int block_table_stride = 0;
   int max_edits = 0;
   StepArray<int32_t> row_ids;  // 0, 1, ...: every row of the logits
   // Scoring, in pieces of max_seqs rows.
   StepArray<int32_t> score_rows, score_ids;
+  StepArray<uint8_t> score_levels;
   // Outputs.
   StepArray<uint32_t> level_tiles;   // [max_tokens]
   StepArray<uint64_t> loaded_bytes;  // [1]

@@ -48,10 +48,10 @@ absl::StatusOr<StepRunner> StepRunner::Create(const EngineOptions& options, int 
   MOBI_ASSIGN_OR_RETURN(
       Buffer gathered,
       backend.Allocate(size_t{1} * max_seqs * config.hidden_size * SizeOf(dtype), "hidden states"));
-  MOBI_ASSIGN_OR_RETURN(Buffer logits,
-                        backend.Allocate(sizeof(float) * max_seqs * config.vocab_size, "logits"));
+  MOBI_ASSIGN_OR_RETURN(
+      Buffer logits, backend.Allocate(sizeof(float) * max_seqs * model.logits_stride(), "logits"));
   runner.gathered_ = Tensor::Of(gathered.data(), dtype, max_seqs, config.hidden_size);
-  runner.logits_ = Tensor::Of(logits.data(), DType::kF32, max_seqs, config.vocab_size);
+  runner.logits_ = {logits.data(), DType::kF32, max_seqs, config.vocab_size, model.logits_stride()};
   runner.memory_.push_back(std::move(gathered));
   runner.memory_.push_back(std::move(logits));
   return runner;
@@ -64,6 +64,7 @@ absl::StatusOr<StepResult> StepRunner::Run(absl::Span<const ScheduledChunk> plan
   const int real_tokens =
       layout.first_row.empty() ? 0 : layout.first_row.back() + result.chunks.back().chunk.count;
   Pad(layout);
+  if (model_.sliced_lm_head().has_value()) LayOutLogitsLevels(layout, result);
   buffers_.Upload(layout.key.num_seqs, layout.num_edits, backend_);
   backend_.RunStep(layout.key, [&] { Enqueue(layout); });
   if (layout.top_logprobs > 0) {
@@ -203,6 +204,30 @@ void StepRunner::Pad(Layout& layout) {
   layout.key.max_context_len = static_cast<int>(std::max(256u, std::bit_ceil(context)));
 }
 
+// Rows of padding are pinned to the lowest level, so that they raise nobody's.
+void StepRunner::LayOutLogitsLevels(const Layout& layout, StepResult& result) {
+  const int32_t* rows = buffers_.logits_rows.host;
+  uint8_t* levels = buffers_.logits_levels.host;
+  const int n = layout.num_sampled;
+  // Tokens that share levels come first, so do their rows of logits.
+  const auto num_coherent =
+      std::count_if(rows, rows + n, [&](int32_t row) { return row < layout.key.num_coherent; });
+  ChooseLogitsLevels(rows, n, static_cast<int>(num_coherent), levels);
+  std::fill(levels + n, levels + layout.key.num_logits,
+            static_cast<uint8_t>(model_.sliced_lm_head()->levels.min_level));
+  if (n > 0) result.lm_head_level = *std::max_element(levels, levels + n);
+}
+
+void StepRunner::ChooseLogitsLevels(const int32_t* rows, int count, int num_coherent,
+                                    uint8_t* levels) const {
+  std::vector<TokenPrecision> precisions;
+  for (int i = 0; i < count; ++i) {
+    precisions.push_back({buffers_.price.host[rows[i]], buffers_.min_level.host[rows[i]],
+                          buffers_.max_level.host[rows[i]]});
+  }
+  ChooseLmHeadLevels(*model_.sliced_lm_head(), precisions, num_coherent, levels);
+}
+
 StepTensors StepRunner::Tensors(const Layout& layout) const {
   StepTensors step;
   step.num_tokens = layout.key.num_tokens;
@@ -232,7 +257,7 @@ void StepRunner::Enqueue(const Layout& layout) {
   if (n == 0) return;
   const Tensor hidden = gathered_.FirstRows(n), logits = logits_.FirstRows(n);
   backend_.GatherRows(act_.normed.FirstRows(step.num_tokens), buffers_.logits_rows.device, hidden);
-  model_.Logits(hidden, logits);
+  model_.Logits(hidden, buffers_.logits_levels.device, logits);
   backend_.Sample(logits, {n, buffers_.sampling.device, buffers_.edits.device},
                   buffers_.sampled.device);
 }
@@ -248,10 +273,15 @@ absl::Status StepRunner::Score(const Layout& layout, StepResult& result) {
     const size_t bytes = sizeof(int32_t) * n;
     backend_.Upload(buffers_.score_rows.host, bytes, buffers_.score_rows.device);
     backend_.Upload(buffers_.score_ids.host, bytes, buffers_.score_ids.device);
+    if (model_.sliced_lm_head().has_value()) {
+      ChooseLogitsLevels(buffers_.score_rows.host, n, 0, buffers_.score_levels.host);
+      backend_.Upload(buffers_.score_levels.host, sizeof(uint8_t) * n,
+                      buffers_.score_levels.device);
+    }
     const Tensor hidden = gathered_.FirstRows(n), logits = logits_.FirstRows(n);
     backend_.GatherRows(act_.normed.FirstRows(layout.key.num_tokens), buffers_.score_rows.device,
                         hidden);
-    model_.Logits(hidden, logits);
+    model_.Logits(hidden, buffers_.score_levels.device, logits);
     backend_.TokenLogprobs(logits, buffers_.score_ids.device, buffers_.scores.device);
     backend_.Download(buffers_.scores.device, sizeof(float) * n, buffers_.scores.host);
     if (layout.score_top > 0) {

@@ -41,6 +41,7 @@ struct StepResult {
   std::vector<ChunkResult> chunks;  // in the order of the plan
   double loaded_bits = 0;           // bits per routed weight that the step moved
   float coherent_target_bits = 0;   // that the coherent chunks were asked to share
+  int lm_head_level = 0;  // the highest at which logits to sample were read; 0: not in slices
 };
 
 class StepRunner {
@@ -85,6 +86,9 @@ class StepRunner {
   void AddChunk(int index, const PrecisionTarget& target, ChunkResult& result, Layout& layout);
   void AddSampling(const Sequence& sequence, int row, int index, Layout& layout);
   void Pad(Layout& layout);
+  void LayOutLogitsLevels(const Layout& layout, StepResult& result);
+  // levels [count] of the rows of logits of the tokens `rows`.
+  void ChooseLogitsLevels(const int32_t* rows, int count, int num_coherent, uint8_t* levels) const;
   StepTensors Tensors(const Layout& layout) const;
   void Enqueue(const Layout& layout);
   absl::Status Score(const Layout& layout, StepResult& result);
@@ -98,7 +102,7 @@ class StepRunner {
   StepBuffers buffers_;
   Activations act_;
   Tensor gathered_;  // [max_num_seqs, hidden_size]
-  Tensor logits_;    // [max_num_seqs, vocab_size] fp32
+  Tensor logits_;    // [max_num_seqs, vocab_size] fp32, rows Model::logits_stride() apart
   std::vector<Buffer> memory_;
 };
 

@@ -111,7 +111,9 @@ void SyntheticWeights::MakeSlices() {
     }
   }
   const int64_t hidden = config_.hidden_size, wide = config_.intermediate_size;
-  const int64_t largest = std::max({hidden * wide, hidden * config_.attention_size()});
+  int64_t largest = std::max(hidden * wide, hidden * config_.attention_size());
+  if (options_.lm_head_min_level > 0)
+    largest = std::max(largest, hidden * PaddedRows(config_.vocab_size));
   const size_t pool_bytes = SliceBytes(rows, kGroupSize);
   uint8_t* slices[kNumSlices];
   for (int s = 0; s < kNumSlices; ++s) {
@@ -167,6 +169,12 @@ absl::StatusOr<SlicedTensors> SyntheticWeights::Sliced(std::string_view, int64_t
     tensors.scales[i] = absl::MakeConstSpan(scales_[i]).first(ScaleBytes(rows, cols) / 2);
   }
   return tensors;
+}
+
+std::optional<LmHeadLevels> SyntheticWeights::lm_head() const {
+  if (!options_.quantized || options_.lm_head_min_level == 0) return std::nullopt;
+  return LmHeadLevels{.min_level = options_.lm_head_min_level,
+                      .loss = {1, 1.0f / 16, 1.0f / 256, 1.0f / 4096}};
 }
 
 absl::StatusOr<RouterTensors> SyntheticWeights::RouterOf(std::string_view router, int num_segments,

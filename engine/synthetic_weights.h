@@ -17,6 +17,8 @@ namespace mobi {
 struct SyntheticOptions {
   bool quantized = true;
   int router_hidden = 32;
+  int lm_head_min_level =
+      0;  // when quantized, 1..4: lm_head in slices, read at this level at least
   uint64_t seed = 1;
 };
 
@@ -38,6 +40,7 @@ class SyntheticWeights final : public WeightSource {
                                        int64_t cols) const override;
   absl::StatusOr<RouterTensors> RouterOf(std::string_view router, int num_segments,
                                          int64_t cols) const override;
+  std::optional<LmHeadLevels> lm_head() const override;
   absl::Span<const PricePoint> price_table() const override { return price_table_; }
   absl::Span<const PricePoint> coherent_price_table() const override { return {}; }
 

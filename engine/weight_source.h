@@ -4,6 +4,7 @@
 #define MOBI_ENGINE_WEIGHT_SOURCE_H_
 
 #include <array>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -42,6 +43,15 @@ struct RouterTensors {
 
 inline constexpr int kMaxRouterHidden = 4096;
 
+// Of an lm_head in slices: the lowest level that it may be read at, and what a token's logits lose
+// at each level, in nats, the same for every token.
+struct LmHeadLevels {
+  int min_level = 1;
+  std::array<float, kNumLevels> loss{};
+};
+
+inline constexpr std::string_view kLmHead = "lm_head";
+
 // A linear of a decoder layer: its name in the folder and its shape.
 struct LinearShape {
   std::string name;  // "model.layers.0.self_attn.q_proj"
@@ -72,6 +82,9 @@ class WeightSource {
                                                int64_t cols) const = 0;
   virtual absl::StatusOr<RouterTensors> RouterOf(std::string_view router, int num_segments,
                                                  int64_t cols) const = 0;
+  // Set: Sliced(kLmHead, vocab_size, hidden_size) gives the logits. Else lm_head.weight or the tied
+  // embedding does.
+  virtual std::optional<LmHeadLevels> lm_head() const { return std::nullopt; }
   // Ascending bits, prices never rising. Empty for float weights; coherent mode is optional.
   virtual absl::Span<const PricePoint> price_table() const = 0;
   virtual absl::Span<const PricePoint> coherent_price_table() const = 0;

@@ -72,7 +72,7 @@ std::vector<float> PromptLogits(const Model& model, const std::vector<int32_t>& 
   step.attention = {1, n, n, query_start.data(), context.data(), table.data(), blocks};
   model.Forward(step, *kv, *act);
   std::vector<float> logits(static_cast<size_t>(n) * model.config().vocab_size);
-  model.Logits(act->normed.FirstRows(n),
+  model.Logits(act->normed.FirstRows(n), /*levels=*/nullptr,
                Tensor::Of(logits.data(), DType::kF32, n, model.config().vocab_size));
   EXPECT_TRUE(backend.Synchronize().ok());
   return logits;

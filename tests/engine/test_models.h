@@ -62,10 +62,14 @@ nlohmann::json TestConfigJson(const TestModelOptions& options);
 // and logits spread over a few units, so that greedy and sampled tokens vary.
 absl::Status WriteTestModel(const std::string& dir, const TestModelOptions& options = {});
 
+// What config.json says of an lm_head in slices.
+inline constexpr LmHeadLevels kTestLmHead = {2, {0.5f, 0.03125f, 0.001953125f, 0.0001220703125f}};
+
 struct TestQuantizeOptions {
   uint64_t seed = 1;
   int router_hidden = 8;
   bool coherent_table = true;
+  bool sliced_lm_head = false;  // read at kTestLmHead
   uint64_t max_shard_bytes = uint64_t{4} << 30;
   bool overwrite = false;
 };

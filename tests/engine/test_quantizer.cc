@@ -230,12 +230,23 @@ absl::Status WriteQuantizedTestModel(const std::string& float_dir, const std::st
       }
     }
   }
-  MOBI_RETURN_IF_ERROR(writer->AddUnquantized());
+  MOBI_RETURN_IF_ERROR(writer->AddUnquantized(options.sliced_lm_head));
   nlohmann::json prices = {{"token", PriceTableOf(samples)}};
   if (options.coherent_table) {
     prices["coherent"] = {{"batch", kNumSamples}, {"table", PriceTableOf(Coherent(samples))}};
   }
-  return writer->Commit({{"price_table", prices}, {"recipe", {{"name", "min-max"}}}});
+  nlohmann::json quantization = {{"price_table", prices}, {"recipe", {{"name", "min-max"}}}};
+  if (options.sliced_lm_head) {
+    const int64_t rows = source.config().vocab_size, cols = source.config().hidden_size;
+    const bool tied = source.config().tie_word_embeddings;
+    MOBI_ASSIGN_OR_RETURN(
+        const HostTensor weights,
+        source.Tensor(tied ? "model.embed_tokens.weight" : "lm_head.weight", {rows, cols}));
+    MOBI_RETURN_IF_ERROR(
+        writer->AddSliced(kLmHead, QuantizeMinMax(TestFloats(weights), rows, cols).views));
+    quantization["lm_head"] = {{"min_level", kTestLmHead.min_level}, {"loss", kTestLmHead.loss}};
+  }
+  return writer->Commit(quantization);
 }
 
 absl::Status WriteTestModels(const TempDir& dir, const TestModelOptions& options,
