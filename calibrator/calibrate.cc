@@ -5,12 +5,14 @@
 #include <cmath>
 #include <filesystem>
 #include <memory>
+#include <optional>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "calibrator/fit_journal.h"
 #include "calibrator/float_model.h"
 #include "calibrator/linear_algebra.h"
+#include "calibrator/lm_head_fit.h"
 #include "calibrator/packing.h"
 #include "calibrator/parallel.h"
 #include "calibrator/price_table.h"
@@ -34,7 +36,18 @@ constexpr int64_t kForecastPositions = 64;
 constexpr double kSampleUnits = 0.2, kPriceUnits = 0.2, kTuningUnits = 0.003;
 
 // Stages of the journal.
-constexpr std::string_view kFitted = "fitted", kTuned = "tuned";
+constexpr std::string_view kFitted = "fitted", kTuned = "tuned", kHeadPiece = "lm_head";
+
+// Of lm_head's fit: its weights beside a block's.
+double LmHeadUnits(const Recipe& recipe, const ModelConfig& config) {
+  if (!recipe.lm_head.slices) return 0;
+  int64_t block = 0;
+  for (const RoutedGroup& group : RoutedGroupsOfLayer(config, 0)) {
+    for (const LinearShape& linear : group.linears) block += linear.rows * linear.cols;
+  }
+  return static_cast<double>(int64_t{config.vocab_size} * config.hidden_size) /
+         static_cast<double>(block);
+}
 
 template <typename T>
 absl::Span<const std::byte> Bytes(const std::vector<T>& values) {
@@ -63,6 +76,7 @@ class Calibration {
   absl::StatusOr<FittedBlock> FitBlock(int layer, const BlockCalibrationOptions& options,
                                        CalibrationStreams& streams);
   absl::Status TuneBlocks();
+  absl::Status FitLmHead();
   absl::Status TrainRouters();
   absl::Status WriteCheckpoint();
   absl::Status WriteBlock(int layer, CheckpointWriter& writer);
@@ -103,6 +117,7 @@ class Calibration {
   Progress& progress_;
 
   std::vector<FittedBlock> blocks_;
+  std::optional<LmHeadFit> lm_head_;  // when the recipe wants it in slices
   std::vector<BlockRouters> routers_;
   std::vector<RecordedLosses> recorded_;
   std::vector<PricePoint> token_prices_, coherent_prices_;
@@ -176,6 +191,34 @@ absl::Status Calibration::TuneBlocks() {
   MOBI_RETURN_IF_ERROR(TuneScales(model_, ids_, seq_len_, options, on_step, blocks_));
   for (int layer = 0; layer < model_.num_layers(); ++layer) {
     MOBI_RETURN_IF_ERROR(journal_.Save(kTuned, layer, blocks_[layer]));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Calibration::FitLmHead() {
+  const Recipe& recipe = options_.recipe;
+  if (!recipe.lm_head.slices) return absl::OkStatus();
+  RoutingSampleOptions sampling = recipe.routing.samples;
+  sampling.seed = options_.seed;
+  sampling.num_threads = options_.num_threads;
+  MOBI_ASSIGN_OR_RETURN(
+      Matrix inputs,
+      QuantizedHidden(model_, blocks_, FirstSequences(num_fit_sequences()), seq_len_, sampling));
+  model_.Normalise(inputs, inputs);
+  BlockCalibrationOptions fit = recipe.blocks;
+  fit.num_threads = options_.num_threads;
+  lm_head_.emplace(model_, recipe.lm_head, fit, inputs);
+  const int pieces = lm_head_->num_pieces();
+  for (int piece = 0; piece < pieces; ++piece) {
+    auto weight = journal_.LoadWeight(kHeadPiece, piece, lm_head_->PieceRows(piece), inputs.cols());
+    if (!weight) {
+      MOBI_ASSIGN_OR_RETURN(weight, lm_head_->Fit(piece));
+      MOBI_RETURN_IF_ERROR(journal_.SaveWeight(kHeadPiece, piece, *weight));
+    }
+    lm_head_->Take(piece, *weight);
+    progress_.Advance(LmHeadUnits(recipe, model_.config()) / pieces,
+                      absl::StrCat("lm_head ", piece + 1, "/", pieces));
+    MOBI_RETURN_IF_ERROR(CheckInterrupt());
   }
   return absl::OkStatus();
 }
@@ -286,7 +329,7 @@ nlohmann::json Calibration::Description() const {
   for (const std::string& path : options_.data_paths) {
     data.push_back(std::filesystem::path(path).filename().string());
   }
-  return {
+  nlohmann::json description = {
       {"price_table",
        {{"token", table(token_prices_)},
         {"coherent", {{"batch", num_routing_sequences()}, {"table", table(coherent_prices_)}}}}},
@@ -297,13 +340,22 @@ nlohmann::json Calibration::Description() const {
         {"seq_len", seq_len_},
         {"seed", options_.seed},
         {"router_hidden", routers_.front().front().num_hidden()}}}};
+  if (lm_head_.has_value()) {
+    description["lm_head"] = {{"min_level", options_.recipe.lm_head.min_level},
+                              {"loss", lm_head_->Losses()}};
+  }
+  return description;
 }
 
 absl::Status Calibration::WriteCheckpoint() {
   MOBI_ASSIGN_OR_RETURN(const auto writer,
                         CheckpointWriter::Create(source_, {.output_dir = options_.output_dir,
                                                            .overwrite = options_.overwrite}));
-  MOBI_RETURN_IF_ERROR(writer->AddUnquantized());
+  MOBI_RETURN_IF_ERROR(writer->AddUnquantized(lm_head_.has_value()));
+  if (lm_head_.has_value()) {
+    const NestedWeight& head = lm_head_->weight();
+    MOBI_RETURN_IF_ERROR(writer->AddSliced(kLmHead, PackLinear(head, 0, head.rows).view()));
+  }
   for (int layer = 0; layer < model_.num_layers(); ++layer) {
     MOBI_RETURN_IF_ERROR(WriteBlock(layer, *writer));
   }
@@ -317,6 +369,7 @@ absl::Status Calibration::Run() {
   } else {
     progress_.Advance(model_.num_layers() + TuningUnits(), "blocks were fitted and tuned before");
   }
+  MOBI_RETURN_IF_ERROR(FitLmHead());
   MOBI_RETURN_IF_ERROR(TrainRouters());
   MOBI_RETURN_IF_ERROR(MeasurePrices());
   return WriteCheckpoint();
@@ -393,7 +446,8 @@ absl::Status Calibrate(const CalibrateOptions& options, const Clock& clock, std:
   SetBlasThreads(options.num_threads);
   const ScaleTuningOptions& tuning = options.recipe.tuning;
   Progress progress(config.num_hidden_layers * (1 + kSampleUnits + kPriceUnits +
-                                                kTuningUnits * tuning.steps * tuning.batch),
+                                                kTuningUnits * tuning.steps * tuning.batch) +
+                        LmHeadUnits(options.recipe, config),
                     clock, progress_out, progress_is_terminal);
   const absl::Status status =
       Calibration(options, source, std::move(model), std::move(ids), seq_len, journal, progress)

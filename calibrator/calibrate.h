@@ -1,6 +1,7 @@
 // The calibrate walk: a float model folder and text in, a MoBiQuant checkpoint folder out. Fits the
-// blocks in order, tunes their pairs end to end, trains routers on samples of what is left,
-// measures the price table, writes. The output folder appears whole or not at all.
+// blocks in order, tunes their pairs end to end, fits lm_head if it goes in slices, trains routers
+// on samples of what is left, measures the price table, writes. The output folder appears whole or
+// not at all.
 #ifndef MOBI_CALIBRATOR_CALIBRATE_H_
 #define MOBI_CALIBRATOR_CALIBRATE_H_
 

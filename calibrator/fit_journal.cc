@@ -19,6 +19,7 @@ namespace fs = std::filesystem;
 
 constexpr uint64_t kHeaderBytes = 8192;
 constexpr const char* kGroupNames[] = {"qkv", "o", "gate_up", "down"};
+constexpr const char* kWeightName = "weight";
 constexpr size_t kMaxKeyBytes = 1 << 20;
 
 std::string KeyPath(const std::string& dir) { return dir + "/key"; }
@@ -39,19 +40,34 @@ absl::Status Write(SafetensorsWriter& file, const std::string& name, DType dtype
                   {reinterpret_cast<const std::byte*>(values.data()), values.size() * sizeof(T)});
 }
 
-absl::Status WriteBlock(const std::string& path, const FittedBlock& block) {
+absl::Status WriteWeight(SafetensorsWriter& file, const std::string& name,
+                         const NestedWeight& weight) {
+  for (int level = 1; level <= kNumLevels; ++level) {
+    MOBI_RETURN_IF_ERROR(Write(file, absl::StrCat(name, ".scales_", level), DType::kF32,
+                               {weight.rows, weight.groups(), 2}, weight.scales[level - 1]));
+  }
+  return Write(file, name + ".codes", DType::kU8, {weight.rows, weight.cols}, weight.codes);
+}
+
+absl::Status WriteWeights(const std::string& path,
+                          absl::Span<const std::pair<const char*, const NestedWeight*>> weights) {
   MOBI_ASSIGN_OR_RETURN(SafetensorsWriter file, SafetensorsWriter::Create(path, kHeaderBytes));
-  for (int g = 0; g < kNumLinearGroups; ++g) {
-    const NestedWeight& weight = block.linear[g];
-    const std::string name = kGroupNames[g];
-    for (int level = 1; level <= kNumLevels; ++level) {
-      MOBI_RETURN_IF_ERROR(Write(file, absl::StrCat(name, ".scales_", level), DType::kF32,
-                                 {weight.rows, weight.groups(), 2}, weight.scales[level - 1]));
-    }
-    MOBI_RETURN_IF_ERROR(
-        Write(file, name + ".codes", DType::kU8, {weight.rows, weight.cols}, weight.codes));
+  for (const auto& [name, weight] : weights) {
+    MOBI_RETURN_IF_ERROR(WriteWeight(file, name, *weight));
   }
   return file.Finish();
+}
+
+std::optional<NestedWeight> ReadWeight(const SafetensorsFile& file, const std::string& name,
+                                       int64_t rows, int64_t cols) {
+  NestedWeight weight(rows, cols);
+  for (int level = 1; level <= kNumLevels; ++level) {
+    if (!Read(file, absl::StrCat(name, ".scales_", level), weight.scales[level - 1])) {
+      return std::nullopt;
+    }
+  }
+  if (!Read(file, name + ".codes", weight.codes)) return std::nullopt;
+  return weight;
 }
 
 }  // namespace
@@ -73,45 +89,53 @@ absl::StatusOr<FitJournal> FitJournal::Open(const std::string& output_dir, std::
   return journal;
 }
 
-std::string FitJournal::PathOf(std::string_view stage, int layer) const {
-  return absl::StrCat(dir_, "/", std::string(stage), "-", layer, ".safetensors");
+std::string FitJournal::PathOf(std::string_view stage, int index) const {
+  return absl::StrCat(dir_, "/", std::string(stage), "-", index, ".safetensors");
 }
 
 std::optional<FittedBlock> FitJournal::Load(std::string_view stage, int layer,
                                             const ModelConfig& config) const {
-  std::error_code ignored;
-  const std::string path = PathOf(stage, layer);
-  if (!fs::exists(path, ignored)) return std::nullopt;
-  const auto file = SafetensorsFile::Open(path);
+  const auto file = SafetensorsFile::Open(PathOf(stage, layer));
   if (!file.ok()) return std::nullopt;
   FittedBlock block;
   const auto groups = RoutedGroupsOfLayer(config, layer);
   for (int g = 0; g < kNumLinearGroups; ++g) {
     int64_t rows = 0;
     for (const LinearShape& linear : groups[g].linears) rows += linear.rows;
-    NestedWeight& weight = block.linear[g];
-    weight = NestedWeight(rows, groups[g].linears.front().cols);
-    const std::string name = kGroupNames[g];
-    for (int level = 1; level <= kNumLevels; ++level) {
-      if (!Read(*file, absl::StrCat(name, ".scales_", level), weight.scales[level - 1])) {
-        return std::nullopt;
-      }
-    }
-    if (!Read(*file, name + ".codes", weight.codes)) return std::nullopt;
+    auto weight = ReadWeight(*file, kGroupNames[g], rows, groups[g].linears.front().cols);
+    if (!weight) return std::nullopt;
+    block.linear[g] = *std::move(weight);
   }
   return block;
 }
 
+std::optional<NestedWeight> FitJournal::LoadWeight(std::string_view stage, int piece, int64_t rows,
+                                                   int64_t cols) const {
+  const auto file = SafetensorsFile::Open(PathOf(stage, piece));
+  if (!file.ok()) return std::nullopt;
+  return ReadWeight(*file, kWeightName, rows, cols);
+}
+
 absl::Status FitJournal::Save(std::string_view stage, int layer, const FittedBlock& block) {
+  std::array<std::pair<const char*, const NestedWeight*>, kNumLinearGroups> weights;
+  for (int g = 0; g < kNumLinearGroups; ++g) weights[g] = {kGroupNames[g], &block.linear[g]};
+  return Write(PathOf(stage, layer), weights);
+}
+
+absl::Status FitJournal::SaveWeight(std::string_view stage, int piece, const NestedWeight& weight) {
+  return Write(PathOf(stage, piece), {{kWeightName, &weight}});
+}
+
+absl::Status FitJournal::Write(const std::string& path, NamedWeights weights) {
   std::error_code error;
   if (!fs::exists(KeyPath(dir_), error)) {
     fs::create_directory(dir_, error);
     if (error) return absl::ErrnoToStatus(error.value(), dir_ + ": cannot be created");
     MOBI_RETURN_IF_ERROR(WriteFile(KeyPath(dir_), key_));
   }
-  const std::string path = PathOf(stage, layer), partial = path + ".partial";
+  const std::string partial = path + ".partial";
   fs::remove(partial, error);
-  const absl::Status written = WriteBlock(partial, block);
+  const absl::Status written = WriteWeights(partial, weights);
   if (!written.ok()) {
     fs::remove(partial, error);
     return written;

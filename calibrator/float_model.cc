@@ -122,9 +122,13 @@ void FloatModel::Embed(absl::Span<const int32_t> ids, MatrixView out) const {
   }
 }
 
+void FloatModel::Normalise(ConstMatrixView hidden, MatrixView out) const {
+  RmsNorm(hidden, final_norm_, config().rms_norm_eps, out);
+}
+
 void FloatModel::Logits(ConstMatrixView hidden, MatrixView logits) const {
   Matrix normed(hidden.rows, hidden.cols);
-  RmsNorm(hidden, final_norm_, config().rms_norm_eps, normed);
+  Normalise(hidden, normed);
   MultiplyTransposed(normed, head(), logits);
 }
 

@@ -29,6 +29,10 @@ class FloatModel {
 
   // out [ids, hidden_size] = embedding rows.
   void Embed(absl::Span<const int32_t> ids, MatrixView out) const;
+  // lm_head's weight, [vocab_size, hidden_size].
+  const Matrix& head() const { return lm_head_.empty() ? embedding_ : lm_head_; }
+  // What lm_head sees of the last block's output.
+  void Normalise(ConstMatrixView hidden, MatrixView out) const;
   // logits [tokens, vocab_size] of the last block's output.
   void Logits(ConstMatrixView hidden, MatrixView logits) const;
   // d_hidden = gradient at the last block's output.
@@ -36,7 +40,6 @@ class FloatModel {
 
  private:
   FloatModel() = default;
-  const Matrix& head() const { return lm_head_.empty() ? embedding_ : lm_head_; }
 
   const Checkpoint* checkpoint_ = nullptr;
   RopeValues rope_;

@@ -6,6 +6,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
 #include "engine/base/status_macros.h"
 
 namespace mobi {
@@ -29,13 +30,13 @@ int64_t OtherParameters(const ModelConfig& config) {
 
 // Which line of the report a tensor's bytes belong to.
 std::string PartOf(const std::string& tensor) {
+  if (absl::StartsWith(tensor, "lm_head.")) return "lm_head";  // in slices or not
   const std::string last = tensor.substr(tensor.rfind('.') + 1);
   if (absl::StartsWith(last, "slice_")) return absl::StrCat("slice ", last.back() - '0' + 1);
   if (absl::StartsWith(last, "scales_")) return absl::StrCat("scales ", last.substr(7));
   if (absl::StrContains(tensor, "_router.")) return "routers";
   if (absl::StrContains(tensor, "norm.")) return "norms";
   if (absl::StartsWith(tensor, "model.embed_tokens.")) return "embeddings";
-  if (absl::StartsWith(tensor, "lm_head.")) return "lm_head";
   return absl::StrContains(tensor, "_proj.") ? "linears" : "other";
 }
 
@@ -44,8 +45,13 @@ constexpr const char* kParts[] = {"linears",  "slice 1",    "slice 2",  "slice 3
                                   "norms",    "embeddings", "lm_head",  "other"};
 
 absl::Status CheckFinite(const Checkpoint& checkpoint) {
-  for (int layer = 0; layer < checkpoint.config().num_hidden_layers; ++layer) {
-    for (const RoutedGroup& group : RoutedGroupsOfLayer(checkpoint.config(), layer)) {
+  const ModelConfig& config = checkpoint.config();
+  if (checkpoint.lm_head().has_value()) {
+    MOBI_RETURN_IF_ERROR(
+        checkpoint.Sliced(kLmHead, config.vocab_size, config.hidden_size).status());
+  }
+  for (int layer = 0; layer < config.num_hidden_layers; ++layer) {
+    for (const RoutedGroup& group : RoutedGroupsOfLayer(config, layer)) {
       for (const LinearShape& linear : group.linears) {
         MOBI_RETURN_IF_ERROR(checkpoint.Sliced(linear.name, linear.rows, linear.cols).status());
       }
@@ -92,6 +98,14 @@ std::string PriceLine(const std::vector<PricePoint>& table) {
   return absl::StrFormat("%d points, %.2f bits at %.3g to %.2f bits at %.3g", table.size(),
                          table.front().bits, table.front().price, table.back().bits,
                          table.back().price);
+}
+
+std::string LmHeadLine(const LmHeadLevels& lm_head) {
+  return absl::StrFormat(
+      "in slices, read at level %d and up; a token loses %s nats at levels 1 to 4",
+      lm_head.min_level, absl::StrJoin(lm_head.loss, ", ", [](std::string* out, float loss) {
+        absl::StrAppendFormat(out, "%.3g", loss);
+      }));
 }
 
 std::string ManifestLine(const FolderReport& report) {
@@ -162,6 +176,7 @@ absl::StatusOr<FolderReport> InspectFolder(const std::string& dir, bool verify) 
   report.price_table = copy(checkpoint.price_table());
   report.coherent_price_table = copy(checkpoint.coherent_price_table());
   report.coherent_batch = checkpoint.coherent_batch();
+  report.lm_head = checkpoint.lm_head();
   if (report.quantized) {
     report.recipe = checkpoint.quantization_config().value("recipe", json());
     report.calibration = checkpoint.quantization_config().value("calibration", json());
@@ -193,6 +208,7 @@ std::string ReportAsText(const FolderReport& report) {
       line("coherent", absl::StrFormat("batch %d, %s", report.coherent_batch,
                                        PriceLine(report.coherent_price_table)));
     }
+    if (report.lm_head.has_value()) line("lm_head", LmHeadLine(*report.lm_head));
     line("recipe", report.recipe.is_null() ? "not recorded" : report.recipe.dump());
     line("calibration", report.calibration.is_null() ? "not recorded" : report.calibration.dump());
   }
@@ -218,6 +234,9 @@ json ReportAsJson(const FolderReport& report) {
   if (report.coherent_batch > 0) {
     object["price_table"]["coherent"] = {{"batch", report.coherent_batch},
                                          {"table", PriceJson(report.coherent_price_table)}};
+  }
+  if (report.lm_head.has_value()) {
+    object["lm_head"] = {{"min_level", report.lm_head->min_level}, {"loss", report.lm_head->loss}};
   }
   object["recipe"] = report.recipe;
   object["calibration"] = report.calibration;

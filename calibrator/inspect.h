@@ -28,8 +28,9 @@ struct FolderReport {
   std::vector<PricePoint> price_table;
   std::vector<PricePoint> coherent_price_table;
   int coherent_batch = 0;
-  nlohmann::json recipe;       // null when the folder does not say
-  nlohmann::json calibration;  // null when the folder does not say
+  std::optional<LmHeadLevels> lm_head;  // set when it is in slices
+  nlohmann::json recipe;                // null when the folder does not say
+  nlohmann::json calibration;           // null when the folder does not say
   // Files whose checksum was compared: 0 for a folder without MANIFEST, nothing when not asked for.
   std::optional<int> verified_files;
 };

@@ -65,6 +65,8 @@ void VisitRecipe(Recipe& recipe, Visitor&& visit) {
   visit("tuning.train", tuning.train, 0, 1);
   visit("tuning.level_shares", tuning.level_shares, 0, 1);
   visit("tuning.pure_every", tuning.pure_every, 0, 1000000);
+  visit("lm_head.slices", recipe.lm_head.slices, 0, 1);
+  visit("lm_head.min_level", recipe.lm_head.min_level, 1, kNumLevels);
   visit("routing.method", routing.method, 0, 0);
   visit("routing.gate_bits", routing.gates.bits, 2, 8);
   visit("routing.gate_budget_weight", routing.gates.budget_weight, 0, 1e6);
@@ -188,8 +190,8 @@ absl::Status CheckStreams(const BlockCalibrationOptions& blocks, const std::stri
   return absl::OkStatus();
 }
 
-// "rtn-2", "gptq-3": the method at that width, with routers that cost next to nothing, since such a
-// checkpoint is read at its highest level alone.
+// "rtn-2", "gptq-3": the method at that width, with routers that cost next to nothing and
+// lm_head as it is, since such a checkpoint is read at its highest level alone.
 bool BaselineRecipe(std::string_view name, Recipe& recipe) {
   FixedWidthOptions& fixed = recipe.blocks.fixed;
   const size_t dash = name.find('-');
@@ -202,6 +204,7 @@ bool BaselineRecipe(std::string_view name, Recipe& recipe) {
   recipe.blocks.stream_levels = {kNumLevels};
   recipe.blocks.float_from_level = kNumLevels + 1;
   recipe.tuning.steps = 0;
+  recipe.lm_head.slices = false;
   recipe.routing.sequences = 1;
   recipe.routing.price_tokens = 64;
   recipe.routing.training.epochs = 1;

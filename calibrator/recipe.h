@@ -1,8 +1,8 @@
 // How a model is calibrated: every choice of every step, named, with defaults, read from YAML and
 // recorded in the checkpoint. Each section belongs to one piece: statistics (statistics.h), base
 // (base_fit.h), joint (joint_codes.h), refine (code_descent.h, level_fit.h), baseline
-// (fixed_width.h), tuning (scale_tuning.h), routing (routing_samples.h, router_training.h,
-// gate_training.h, price_table.h).
+// (fixed_width.h), tuning (scale_tuning.h), lm_head (lm_head_fit.h), routing (routing_samples.h,
+// router_training.h, gate_training.h, price_table.h).
 #ifndef MOBI_CALIBRATOR_RECIPE_H_
 #define MOBI_CALIBRATOR_RECIPE_H_
 
@@ -13,6 +13,7 @@
 #include "absl/status/statusor.h"
 #include "calibrator/block_calibration.h"
 #include "calibrator/gate_training.h"
+#include "calibrator/lm_head_fit.h"
 #include "calibrator/router_training.h"
 #include "calibrator/routing_samples.h"
 #include "calibrator/scale_tuning.h"
@@ -39,6 +40,7 @@ struct Recipe {
   int64_t fit_sequences = 64;  // that blocks are fitted on, of those drawn; 0: all
   BlockCalibrationOptions blocks;
   ScaleTuningOptions tuning;
+  LmHeadOptions lm_head;
   RoutingOptions routing;
 };
 

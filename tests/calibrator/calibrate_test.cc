@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cmath>
 #include <filesystem>
 #include <fstream>
@@ -126,10 +127,13 @@ TEST_F(CalibrateTest, SameSeedSameCheckpoint) {
 
 TEST_F(CalibrateTest, GoesOnWhereItWasInterruptedAndEndsWithTheSameCheckpoint) {
   MakeModel();
-  ASSERT_TRUE(Run(Options("whole")).ok());
-  CalibrateOptions options = Options("out");
+  CalibrateOptions options = Options("whole");
+  options.recipe.lm_head.slices = true;
+  ASSERT_TRUE(Run(options).ok());
+  options.output_dir = dir_.Sub("out");
   int asked = 0, tries = 0;
-  // Every try gets a little further: a block is four questions, tuning and routers some more.
+  // Every try gets a little further: a block is four questions, tuning, lm_head and routers some
+  // more.
   absl::Status status;
   do {
     asked = 0;
@@ -145,6 +149,47 @@ TEST_F(CalibrateTest, GoesOnWhereItWasInterruptedAndEndsWithTheSameCheckpoint) {
   EXPECT_TRUE(ReadAll(dir_.Sub("out") + "/model.safetensors") ==
               ReadAll(dir_.Sub("whole") + "/model.safetensors"));
   EXPECT_FALSE(std::filesystem::exists(dir_.Sub("out.progress")));
+}
+
+// An lm_head of its own in slices: nothing of the float one is left, and 8 bits are near it.
+TEST_F(CalibrateTest, AnLmHeadInSlicesIsServedAndCostsLittleAtHighBits) {
+  TestModelOptions model;
+  model.tie_word_embeddings = false;
+  model.vocab_size = 330;
+  MakeModel(model);
+  CalibrateOptions options = Options("whole");
+  options.recipe.lm_head.slices = false;
+  ASSERT_TRUE(Run(options).ok());
+  options.recipe.lm_head.slices = true;
+  options.output_dir = dir_.Sub("sliced");
+  const absl::Status status = Run(options);
+  ASSERT_TRUE(status.ok()) << status;
+  const auto checkpoint = Checkpoint::Open(dir_.Sub("sliced"), {.verify_manifest = true});
+  ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
+  EXPECT_FALSE(checkpoint->Has("lm_head.weight"));
+  ASSERT_TRUE(checkpoint->lm_head().has_value());
+  EXPECT_EQ(checkpoint->lm_head()->min_level, options.recipe.lm_head.min_level);
+  const std::array<float, kNumLevels> loss = checkpoint->lm_head()->loss;
+  for (int k = 1; k < kNumLevels; ++k) EXPECT_LT(loss[k], loss[k - 1]) << k;
+
+  EvaluateOptions evaluate;
+  evaluate.data_path = TextPath();
+  evaluate.window = 64;
+  evaluate.limit = 16;
+  evaluate.num_threads = 1;
+  evaluate.bits = {2, 8};
+  const auto nll = [&](const std::string& dir) {
+    evaluate.model_dir = dir_.Sub(dir);
+    const auto results = Evaluate(evaluate, RealClock(), [](const EvaluateResult&) {});
+    EXPECT_TRUE(results.ok()) << results.status();
+    return std::pair((*results)[0].nll, (*results)[1].nll);
+  };
+  const auto whole = nll("whole"), sliced = nll("sliced");
+  EXPECT_NE(sliced.second, whole.second);
+  EXPECT_NEAR(sliced.second, whole.second, 2e-3);
+  // At 2 bits the head is read at min_level: its own error is small beside the linears'.
+  EXPECT_NE(sliced.first, whole.first);
+  EXPECT_NEAR(sliced.first, whole.first, 0.2);
 }
 
 TEST_F(CalibrateTest, BaselinesAreServedByTheSamePath) {

@@ -71,6 +71,20 @@ TEST_F(FitJournalTest, GivesBackWhatWasSavedUnderTheSameKeyOnly) {
   EXPECT_FALSE(fs::exists(out() + ".progress"));
 }
 
+TEST_F(FitJournalTest, GivesBackPiecesOfTheirShapeOnly) {
+  auto journal = FitJournal::Open(out(), "run 1");
+  ASSERT_TRUE(journal.ok()) << journal.status();
+  const NestedWeight weight = RandomBlock(2).linear[0];
+  EXPECT_FALSE(journal->LoadWeight("lm_head", 3, weight.rows, weight.cols).has_value());
+  ASSERT_TRUE(journal->SaveWeight("lm_head", 3, weight).ok());
+  const auto loaded = journal->LoadWeight("lm_head", 3, weight.rows, weight.cols);
+  ASSERT_TRUE(loaded.has_value());
+  EXPECT_EQ(loaded->codes, weight.codes);
+  EXPECT_EQ(loaded->Scale(2, 5, 0).range, weight.Scale(2, 5, 0).range);
+  EXPECT_FALSE(journal->LoadWeight("lm_head", 2, weight.rows, weight.cols).has_value());
+  EXPECT_FALSE(journal->LoadWeight("lm_head", 3, weight.rows - 16, weight.cols).has_value());
+}
+
 TEST_F(FitJournalTest, TornFilesCountAsMissing) {
   auto journal = FitJournal::Open(out(), "key");
   ASSERT_TRUE(journal->Save("fitted", 0, RandomBlock(2)).ok());

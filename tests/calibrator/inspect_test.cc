@@ -74,6 +74,20 @@ TEST(InspectTest, CountsAMobiquantFolder) {
   EXPECT_EQ(json["config"]["rope_scaling"]["factor"], 8);
 }
 
+TEST(InspectTest, TellsOfAnLmHeadInSlices) {
+  TempDir dir;
+  ASSERT_EQ(WriteTestModels(dir, {}, {.sliced_lm_head = true}), absl::OkStatus());
+  const auto report = InspectFolder(dir.Sub("mobiquant"), true);
+  ASSERT_EQ(report.status(), absl::OkStatus());
+  const nlohmann::json bytes = ReportAsJson(*report)["bytes"];
+  // Four slices of 2 bits and four pairs of 4 bytes a group of 128.
+  EXPECT_EQ(bytes["lm_head"], 320 * 128 + 4 * 4 * 320);
+  EXPECT_EQ(bytes["embeddings"], 2 * 320 * 128);
+  EXPECT_EQ(ReportAsJson(*report)["lm_head"]["min_level"], 2);
+  EXPECT_THAT(ReportAsText(*report), HasSubstr("in slices, read at level 2 and up; a token loses "
+                                               "0.5, 0.0312, 0.00195, 0.000122 nats"));
+}
+
 TEST(InspectTest, KnowsTheReferenceModel) {
   const std::string dir = std::string(MOBI_SOURCE_DIR) + "/../shared/data/stories-llama";
   if (!std::filesystem::exists(dir)) GTEST_SKIP() << dir << " is not there";
