@@ -31,6 +31,8 @@ ABSL_FLAG(
     std::string, model, "llama-3.2-1b",
     "a shape (llama-3.2-1b, llama-3.2-3b, llama-3-8b, llama-2-7b, wiki-llama) or a model folder");
 ABSL_FLAG(int, layers, 0, "decoder layers of a shape; 0: all");
+ABSL_FLAG(int, lm_head_min_level, 3,
+          "lm_head of a shape in slices, read at this level at least; 0: in 16 bits");
 ABSL_FLAG(std::string, device, "cpu", "cpu, cuda or auto");
 ABSL_FLAG(int, threads, 0, "CPU threads; 0: one per usable core");
 ABSL_FLAG(std::vector<std::string>, bits, {}, "average bits, 2 to 8 (step, surface)");
@@ -106,7 +108,13 @@ absl::StatusOr<std::unique_ptr<WeightSource>> OpenModel(const std::string& model
     config->num_hidden_layers = layers;
     absl::StrAppend(&name, ", ", layers, " layers");
   }
-  MOBI_ASSIGN_OR_RETURN(SyntheticWeights weights, SyntheticWeights::Create(name, *config, {}));
+  const SyntheticOptions options{.lm_head_min_level = absl::GetFlag(FLAGS_lm_head_min_level)};
+  if (options.lm_head_min_level < 0 || options.lm_head_min_level > kNumLevels) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--lm_head_min_level: ", options.lm_head_min_level, " is not in 0..4"));
+  }
+  if (options.lm_head_min_level > 0) absl::StrAppend(&name, ", lm_head in slices");
+  MOBI_ASSIGN_OR_RETURN(SyntheticWeights weights, SyntheticWeights::Create(name, *config, options));
   return std::make_unique<SyntheticWeights>(std::move(weights));
 }
 

@@ -30,7 +30,8 @@ void PartsBackend::Route(Tensor x, const RoutedWeight& linear, const RoutingBatc
 
 void PartsBackend::SlicedMatmul(Tensor x, const SlicedWeight& weight, const uint8_t* levels,
                                 int64_t levels_stride, Tensor out) {
-  Do(Part::kLinears, [&] { inner_->SlicedMatmul(x, weight, levels, levels_stride, out); });
+  Do(weight.rows == PaddedRows(vocab_size_) ? Part::kLmHead : Part::kLinears,
+     [&] { inner_->SlicedMatmul(x, weight, levels, levels_stride, out); });
 }
 
 void PartsBackend::DenseMatmul(Tensor x, Tensor weight, Tensor out) {
