@@ -78,18 +78,18 @@ bool IsLevel(float bits) {
 }
 
 void PrintHeader() {
-  std::printf("%5s %6s %6s %5s %9s %9s %9s %6s", "bits", "used", "loaded", "seqs", "ms", "best",
-              "floor", "ratio");
+  std::printf("%5s %6s %6s %5s %9s %9s %9s %9s %6s", "bits", "used", "loaded", "seqs", "ms", "best",
+              "cpu", "floor", "ratio");
   for (const char* name : kPartNames) std::printf(" %9s", name);
   std::printf("\n");
 }
 
 void PrintRow(const Json& row) {
   const double ms = row["milliseconds"], floor = row["floor_milliseconds"];
-  std::printf("%5.2f %6.3f %6.3f %5d %9.3f %9.3f %9.3f %6.2f", row["bits"].get<double>(),
+  std::printf("%5.2f %6.3f %6.3f %5d %9.3f %9.3f %9.3f %9.3f %6.2f", row["bits"].get<double>(),
               row["effective_bits"].get<double>(), row["loaded_bits"].get<double>(),
-              row["sequences"].get<int>(), ms, row["best_milliseconds"].get<double>(), floor,
-              ms / floor);
+              row["sequences"].get<int>(), ms, row["best_milliseconds"].get<double>(),
+              row["cpu_milliseconds"].get<double>(), floor, ms / floor);
   for (const char* name : kPartNames) {
     if (row["parts_milliseconds"].contains(name)) {
       std::printf(" %9.3f", row["parts_milliseconds"][name].get<double>());
@@ -112,6 +112,7 @@ absl::StatusOr<Json> TimeCase(DecodeBench& bench, PartsBackend& parts, int seque
               {"context", options.context},
               {"milliseconds", whole.median_s * 1e3},
               {"best_milliseconds", whole.best_s * 1e3},
+              {"cpu_milliseconds", whole.cpu_s * 1e3},
               {"floor_milliseconds", bench.StepBytes() / options.bytes_per_second * 1e3},
               {"parts_milliseconds", Json::object()}};
   if (!options.parts) return row;

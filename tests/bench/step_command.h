@@ -26,7 +26,8 @@ struct StepCommandOptions {
 
 // The model must have been loaded through `parts`. The result is an array, an object per case:
 // bits, effective_bits, loaded_bits, sequences, context, milliseconds (median), best_milliseconds,
-// floor_milliseconds, and parts_milliseconds by name.
+// cpu_milliseconds (median of all threads' processor time), floor_milliseconds, and
+// parts_milliseconds by name.
 absl::StatusOr<nlohmann::json> TimeSteps(const Model& model, const WeightSource& source,
                                          PartsBackend& parts, const StepCommandOptions& options);
 

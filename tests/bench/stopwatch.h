@@ -12,6 +12,8 @@ struct TimedCase {
   std::function<void()> run;  // returns when its work is done
   double median_s = 0;
   double best_s = 0;
+  double cpu_s =
+      0;  // median of the processor time that all threads took: what a busy machine gives
 };
 
 // Runs every case once to warm up, then all in turns until `min_time_s` per case has passed, five
