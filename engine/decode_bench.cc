@@ -66,13 +66,13 @@ void DecodeBench::MakeSequences() {
 absl::Status DecodeBench::Set(int num_seqs, float bits) {
   num_seqs_ = num_seqs;
   target_.target_bits = bits;
-  target_.log_price_trim = target_.coherent_log_price_trim = 0;
+  target_.log_price_trim = {};
   const auto level = static_cast<int>(bits) / kSliceBits;
   const bool is_level = level >= 1 && level <= kNumLevels && BitsOfLevel(level) == bits;
   request_.spec.precision.level = is_level ? level : 0;
   if (!model_.routed() || is_level) return Run();
   const auto set_trim = [&](float trim) {
-    target_.log_price_trim = target_.coherent_log_price_trim = trim;
+    for (const Regime regime : kRegimes) target_.log_price_trim[regime] = trim;
     return Run();
   };
   const auto [found, is_new] = trims_.try_emplace({num_seqs, bits}, 0.0f);

@@ -4,6 +4,7 @@
 #include <array>
 #include <atomic>
 #include <deque>
+#include <limits>
 #include <thread>
 #include <utility>
 
@@ -210,6 +211,7 @@ EngineStats EngineImpl::stats() const {
   MutexLock lock(mutex_);
   EngineStats stats = published_;
   stats.waiting_requests = admission_.waiting_requests();
+  stats.expected_wait_seconds = ToSeconds(admission_.ExpectedWait(std::numeric_limits<int>::min()));
   stats.waiting_tokens = admission_.waiting_tokens();
   return stats;
 }
@@ -335,6 +337,10 @@ absl::Status EngineImpl::Step() {
   CountCoherent(result, target);
   ++counters_.steps;
   counters_.loaded_bits_sum += result.loaded_bits;
+  if (std::all_of(plan.begin(), plan.end(), [](const auto& chunk) { return chunk.decode; })) {
+    counters_.decode_loaded_bits_sum += result.loaded_bits;
+    ++counters_.decode_steps;
+  }
   counters_.last_step_seconds = ToSeconds(now - begin);
   counters_.step_seconds_sum += counters_.last_step_seconds;
   LearnPace(plan, started);
@@ -343,11 +349,10 @@ absl::Status EngineImpl::Step() {
 
 // The decodes of a coherent step share levels, so any of them tells its bits.
 void EngineImpl::CountCoherent(const StepResult& result, const PrecisionTarget& target) {
-  if (result.chunks.empty() || !result.chunks.front().coherent) return;
-  ++counters_.coherent_steps;
-  counters_.coherent_bits_sum += result.chunks.front().last_effective_bits;
-  counters_.coherent_target_sum += result.coherent_target_bits;
-  counters_.coherent_trim_sum += target.coherent_log_price_trim;
+  if (result.chunks.empty() || result.chunks.front().regime != Regime::kCoherent) return;
+  counters_.tracked[Regime::kCoherent].Add(1, result.chunks.front().last_effective_bits,
+                                           result.coherent_target_bits,
+                                           target.log_price_trim[Regime::kCoherent]);
 }
 
 void EngineImpl::LearnPace(absl::Span<const ScheduledChunk> plan, int started) {
@@ -379,11 +384,9 @@ void EngineImpl::Commit(const ChunkResult& result, const PrecisionTarget& target
   const Phase phase = result.chunk.decode ? Phase::kDecode : Phase::kPrefill;
   LevelTokens& counted = counters_.tokens_by_level[static_cast<int>(phase)];
   for (int i = 0; i < kNumLevels; ++i) counted[i] += result.tokens_by_level[i];
-  if (result.tracked && !result.coherent) {
-    counters_.tracked_bits_sum += result.effective_bits_sum;
-    counters_.tracked_tokens += static_cast<uint64_t>(result.chunk.count);
-    counters_.tracked_target_sum += result.chunk.count * double{target.target_bits};
-    counters_.tracked_trim_sum += result.chunk.count * double{target.log_price_trim};
+  if (result.tracked && result.regime != Regime::kCoherent) {
+    counters_.tracked[result.regime].Add(result.chunk.count, result.effective_bits_sum,
+                                         target.target_bits, target.log_price_trim[result.regime]);
   }
   if (!result.chunk.decode) {
     counters_.prompt_tokens += static_cast<uint64_t>(result.chunk.count);
@@ -519,7 +522,7 @@ void EngineImpl::PublishStats() {
   counters_.prefix_cache_queries = scheduler_.prefix_queries();
   counters_.prefix_cache_hits = scheduler_.prefix_hits();
   counters_.target_bits = target.target_bits;
-  counters_.price = runner_.prices().token.Resolve(target.target_bits, target.log_price_trim).price;
+  counters_.price = runner_.prices().Resolve({}, target, Regime::kDecode).price;
   MutexLock lock(mutex_);
   published_ = counters_;
 }

@@ -7,6 +7,7 @@
 
 #include <array>
 #include <cstdint>
+#include <iterator>
 #include <memory>
 #include <optional>
 #include <string>
@@ -125,15 +126,41 @@ class TokenSink {
   virtual void OnDone(const RequestEnd& end) = 0;
 };
 
+// Work that needs prices of its own for the same bits: prompt tokens and decodes, which choose for
+// themselves (people write otherwise than the model does), and decodes that share levels.
+enum class Regime { kPrompt, kDecode, kCoherent };
+inline constexpr Regime kRegimes[] = {Regime::kPrompt, Regime::kDecode, Regime::kCoherent};
+
+template <typename T>
+struct PerRegime {
+  T values[std::size(kRegimes)] = {};
+  T& operator[](Regime regime) { return values[static_cast<size_t>(regime)]; }
+  const T& operator[](Regime regime) const { return values[static_cast<size_t>(regime)]; }
+};
+
 // What the controller asks of the data plane.
 struct PrecisionTarget {
   float target_bits = 8.0f;
-  // Corrections of the inner loop, added to log(price) at the target: for tokens that choose for
-  // themselves, and for decodes that share a level.
-  float log_price_trim = 0.0f;
-  float coherent_log_price_trim = 0.0f;
+  // Corrections of the inner loop, added to log(price) at the target.
+  PerRegime<float> log_price_trim = {};
   // The least that load may bring the target to: slices that this needs stay in memory.
   float floor_bits = 2.0f;
+};
+
+// Sums over `count` measurements of the bits that they used, and of the target and the trim that
+// their steps used: both change between steps, and only the engine knows which step used which.
+struct BitsCounters {
+  double bits_sum = 0;
+  double target_sum = 0;
+  double trim_sum = 0;
+  uint64_t count = 0;
+
+  void Add(double weight, double bits, double target, double trim) {
+    bits_sum += bits;
+    target_sum += weight * target;
+    trim_sum += weight * trim;
+    count += static_cast<uint64_t>(weight);
+  }
 };
 
 struct EngineOptions {
@@ -169,6 +196,7 @@ using PhaseTokens = std::array<LevelTokens, 2>;
 struct EngineStats {
   int waiting_requests = 0;
   int64_t waiting_tokens = 0;
+  double expected_wait_seconds = 0;  // of a request that came now, until it would start
   int running_requests = 0;
   int num_kv_blocks = 0;
   int free_kv_blocks = 0;
@@ -181,20 +209,11 @@ struct EngineStats {
   double effective_bits_sum = 0;      // over tokens; divide by effective_tokens
   uint64_t effective_tokens = 0;
   PhaseTokens tokens_by_level{};  // the same tokens
-  // The same over tokens of requests whose band holds the target and that chose for themselves:
-  // what the price alone decided, and so what the controller may correct.
-  double tracked_bits_sum = 0;
-  uint64_t tracked_tokens = 0;
-  // Over the same tokens: target and log_price_trim that their steps used. Both change between
-  // steps, and this is the only place that knows which step used which.
-  double tracked_target_sum = 0;
-  double tracked_trim_sum = 0;
-  // Over steps: bits that the decodes of a coherent step shared, and as above. The target is the
-  // largest of theirs: a request with a floor above the engine's lifts those that it shares with.
-  double coherent_bits_sum = 0;
-  uint64_t coherent_steps = 0;
-  double coherent_target_sum = 0;
-  double coherent_trim_sum = 0;
+  // What the price alone decided, and so what the controller may correct: over tokens of requests
+  // whose band holds the target, and over steps of the bits that a coherent step's decodes shared.
+  // The target of these is the largest of theirs: a request with a floor above the engine's lifts
+  // those that it shares with.
+  PerRegime<BitsCounters> tracked = {};
   // Levels that are in memory, and what they take; blocks that the others' memory is lent as.
   int resident_levels = kNumLevels;
   size_t resident_slice_bytes = 0;
@@ -204,6 +223,8 @@ struct EngineStats {
   double slice_change_seconds_sum = 0;  // from decision to effect
   double last_slice_change_seconds = 0;
   double loaded_bits_sum = 0;  // over steps: bits of weights moved, per weight; divide by steps
+  double decode_loaded_bits_sum = 0;  // the same over steps without prompts
+  uint64_t decode_steps = 0;
   double step_seconds_sum = 0;
   double last_step_seconds = 0;
   float target_bits = 8.0f;

@@ -41,13 +41,13 @@ TokenPrecision PriceTable::Resolve(const PrecisionBand& band, float target_bits,
 }
 
 TokenPrecision Prices::Resolve(const PrecisionBand& band, const PrecisionTarget& target,
-                               int num_coherent, int max_level) const {
-  if (num_coherent == 0) {
-    return token.Resolve(band, target.target_bits, target.log_price_trim, max_level);
+                               Regime regime, int num_coherent, int max_level) const {
+  const float trim = target.log_price_trim[regime];
+  if (regime != Regime::kCoherent) {
+    return token.Resolve(band, target.target_bits, trim, max_level);
   }
   const auto crowd = static_cast<float>(num_coherent) / static_cast<float>(coherent_batch);
-  return coherent.Resolve(band, target.target_bits,
-                          target.coherent_log_price_trim + std::log(crowd), max_level);
+  return coherent.Resolve(band, target.target_bits, trim + std::log(crowd), max_level);
 }
 
 int NeededLevels(float floor_bits) {

@@ -54,10 +54,10 @@ struct Prices {
   PriceTable coherent;
   int coherent_batch = 1;  // tokens that shared a level when `coherent` was measured
 
-  // num_coherent: the tokens that share levels with this one; 0: it chooses for itself. Their
-  // losses are summed, so the same bits need a price that grows with their number.
-  TokenPrecision Resolve(const PrecisionBand& band, const PrecisionTarget& target, int num_coherent,
-                         int max_level = kNumLevels) const;
+  // num_coherent: the tokens that share levels, in that regime. Their losses are summed, so the
+  // same bits need a price that grows with their number.
+  TokenPrecision Resolve(const PrecisionBand& band, const PrecisionTarget& target, Regime regime,
+                         int num_coherent = 1, int max_level = kNumLevels) const;
 };
 
 // Levels that must be in memory so that at least `floor_bits` can be had on average: routing wants

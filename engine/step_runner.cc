@@ -106,12 +106,15 @@ StepRunner::Layout StepRunner::LayOut(absl::Span<const ScheduledChunk> plan,
   PrecisionTarget shared = target;
   shared.target_bits = result.coherent_target_bits;
   for (ChunkResult& chunk : result.chunks) {
-    chunk.coherent = options_.coherent_decode && rank(chunk) == 0;
-    layout.key.num_coherent += chunk.coherent;
+    const bool coherent = options_.coherent_decode && rank(chunk) == 0;
+    chunk.regime = coherent             ? Regime::kCoherent
+                   : chunk.chunk.decode ? Regime::kDecode
+                                        : Regime::kPrompt;
+    layout.key.num_coherent += coherent;
   }
   for (size_t i = 0; i < result.chunks.size(); ++i) {
-    AddChunk(static_cast<int>(i), result.chunks[i].coherent ? shared : target, result.chunks[i],
-             layout);
+    const bool coherent = result.chunks[i].regime == Regime::kCoherent;
+    AddChunk(static_cast<int>(i), coherent ? shared : target, result.chunks[i], layout);
   }
   layout.key.num_logits = layout.num_sampled;
   return layout;
@@ -122,8 +125,8 @@ void StepRunner::AddChunk(int index, const PrecisionTarget& target, ChunkResult&
   const ScheduledChunk& chunk = result.chunk;
   const Sequence& sequence = *chunk.sequence;
   const GenerationRequest& spec = sequence.request->spec;
-  const TokenPrecision precision = prices_.Resolve(
-      spec.precision, target, result.coherent ? layout.key.num_coherent : 0, layout.max_level);
+  const TokenPrecision precision = prices_.Resolve(spec.precision, target, result.regime,
+                                                   layout.key.num_coherent, layout.max_level);
   const int first = layout.key.num_tokens, seq = layout.key.num_seqs;
   layout.first_row.push_back(first);
   for (int i = 0; i < chunk.count; ++i) {

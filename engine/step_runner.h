@@ -27,8 +27,8 @@ struct ChunkResult {
   LevelTokens tokens_by_level{};
   float last_effective_bits = 0;  // of the chunk's last token
   bool tracked = false;           // the request's band holds the step's target: the price decided
-  bool coherent = false;          // a decode that shared its levels
-  bool sampled = false;           // the chunk reached the end of the sequence
+  Regime regime = Regime::kPrompt;
+  bool sampled = false;  // the chunk reached the end of the sequence
   Sampled token{};
   const TopLogprobs* top = nullptr;  // valid until the next step
   // log p of the chunk's prompt tokens given what precedes, from token `first_scored` on.

@@ -233,25 +233,19 @@ void Controller::ChooseTargetLocked() {
 
 void Controller::TrackLocked(TimePoint now, const EngineStats& stats) {
   const float target = status_.target_bits;
-  tracker_ = TrackBits(options_.tracker, NatsPerBit(prices_.token, target),
-                       {stats.tracked_bits_sum, stats.tracked_target_sum, stats.tracked_trim_sum,
-                        stats.tracked_tokens},
-                       now, tracker_);
-  coherent_tracker_ = TrackBits(options_.coherent_tracker, NatsPerBit(prices_.coherent, target),
-                                {stats.coherent_bits_sum, stats.coherent_target_sum,
-                                 stats.coherent_trim_sum, stats.coherent_steps},
-                                now, coherent_tracker_);
+  PerRegime<float> slope;
+  slope[Regime::kPrompt] = slope[Regime::kDecode] = NatsPerBit(prices_.token, target);
+  slope[Regime::kCoherent] = NatsPerBit(prices_.coherent, target);
+  tracker_ = TrackBits(options_.tracker, slope, stats.tracked, now, tracker_);
   ApplyLocked();
 }
 
 void Controller::ApplyLocked() {
   status_.log_price_trim = tracker_.trim;
-  status_.coherent_log_price_trim = coherent_tracker_.trim;
-  status_.saturated = tracker_.saturated || coherent_tracker_.saturated;
+  status_.saturated = tracker_.saturated;
   if (engine_ == nullptr) return;
   engine_->SetPrecision({.target_bits = status_.target_bits,
                          .log_price_trim = tracker_.trim,
-                         .coherent_log_price_trim = coherent_tracker_.trim,
                          .floor_bits = status_.mode == ControlMode::kOverride
                                            ? status_.target_bits
                                            : status_.window.floor_bits});
@@ -277,6 +271,10 @@ void Controller::AverageLocked(TimePoint now, const EngineStats& stats) {
     status_.loaded_bits =
         static_cast<float>((stats.loaded_bits_sum - from.loaded_bits_sum) / steps);
     status_.step_seconds = (stats.step_seconds_sum - from.step_seconds_sum) / steps;
+  }
+  if (const auto steps = static_cast<double>(stats.decode_steps - from.decode_steps); steps > 0) {
+    status_.decode_loaded_bits =
+        static_cast<float>((stats.decode_loaded_bits_sum - from.decode_loaded_bits_sum) / steps);
   }
   const PolicyWindow& window = status_.window;
   const float range = window.ceiling_bits - window.floor_bits;

@@ -35,14 +35,12 @@ namespace mobi {
 enum class ControlMode { kFixed, kPolicy, kOverride };
 
 struct ControllerOptions {
-  BitsTrackerOptions tracker;  // of tokens that choose for themselves
-  // Of decodes that share a level: a measurement is a step, and its tokens average out.
-  BitsTrackerOptions coherent_tracker = {.memory = 16};
+  BitsTrackerOptions tracker;
   ScheduleClockOptions schedule_clock;
   PressureOptions pressure;
   SignalReaderOptions signals;
   std::optional<StepSurface> surface;  // of this machine and model, where it was measured
-  Duration interval = std::chrono::milliseconds(50);  // of Tick
+  Duration interval = std::chrono::milliseconds(20);  // of Tick
   Duration averaging = std::chrono::seconds(1);       // of the status
   Duration max_override = std::chrono::hours(24);
   float below_floor_margin = 0.05f;  // bits under the floor that do not count as below it
@@ -83,9 +81,9 @@ struct ControlStatus {
   float target_bits = 0;
   float effective_bits = 0;
   float loaded_bits = 0;
+  float decode_loaded_bits = 0;  // of steps without prompts
   float price = 0;
-  float log_price_trim = 0;
-  float coherent_log_price_trim = 0;
+  PerRegime<float> log_price_trim = {};
   bool saturated = false;
   PolicyWindow window;
   std::optional<WallTime> window_until;  // when the schedule is looked at again; none: for ever
@@ -189,7 +187,6 @@ class Controller {
   SignalReader signal_reader_ ABSL_GUARDED_BY(mutex_);
   PressureState pressure_ ABSL_GUARDED_BY(mutex_);
   BitsTrackerState tracker_ ABSL_GUARDED_BY(mutex_);
-  BitsTrackerState coherent_tracker_ ABSL_GUARDED_BY(mutex_);
   std::deque<Sample> samples_ ABSL_GUARDED_BY(mutex_);
   ControlStatus status_ ABSL_GUARDED_BY(mutex_);
 };

@@ -174,6 +174,8 @@ void Metrics::AddPrecision(const ControlStatus& control, Families& families) con
                control.effective_bits);
   series.Gauge("mobi_loaded_bits", "Bits per weight that memory moved per step, last second.",
                control.loaded_bits);
+  series.Gauge("mobi_decode_loaded_bits", "The same over steps without prompts.",
+               control.decode_loaded_bits);
   series.Counter(
       "mobi_effective_bits_sum_total",
       "Effective bits summed over computed tokens; divide by mobi_computed_tokens_total.",
@@ -182,10 +184,12 @@ void Metrics::AddPrecision(const ControlStatus& control, Families& families) con
                  static_cast<double>(stats.effective_tokens));
   AddTokensByLevel(stats, families);
   series.Gauge("mobi_price", "Loss per byte below which a slice is not read.", control.price);
-  series.Gauge("mobi_log_price_trim", "Correction of log(price) by the tracking loop.",
-               control.log_price_trim);
+  series.Gauge("mobi_log_price_trim", "Correction of log(price) by the tracking loop, for decodes.",
+               control.log_price_trim[Regime::kDecode]);
+  series.Gauge("mobi_prompt_log_price_trim", "The same for prompt tokens.",
+               control.log_price_trim[Regime::kPrompt]);
   series.Gauge("mobi_coherent_log_price_trim", "The same for decodes that share a level.",
-               control.coherent_log_price_trim);
+               control.log_price_trim[Regime::kCoherent]);
   series.Gauge("mobi_precision_saturated", "1: the target is out of the tracking loop's reach.",
                control.saturated);
   series.Gauge("mobi_window_floor_bits", "Floor of the policy's window.",

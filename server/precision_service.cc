@@ -141,9 +141,11 @@ v1::PrecisionStatus PrecisionService::Status() const {
   out.set_target_bits(status.target_bits);
   out.set_effective_bits(status.effective_bits);
   out.set_loaded_bits(status.loaded_bits);
+  out.set_decode_loaded_bits(status.decode_loaded_bits);
   out.set_price(status.price);
-  out.set_log_price_trim(status.log_price_trim);
-  out.set_coherent_log_price_trim(status.coherent_log_price_trim);
+  out.set_prompt_log_price_trim(status.log_price_trim[Regime::kPrompt]);
+  out.set_log_price_trim(status.log_price_trim[Regime::kDecode]);
+  out.set_coherent_log_price_trim(status.log_price_trim[Regime::kCoherent]);
   out.set_saturated(status.saturated);
   out.set_window(status.window.name);
   out.set_floor_bits(status.window.floor_bits);

@@ -58,12 +58,14 @@ def measure(server, target, settle, seconds):
     time.sleep(settle)
     rows = watch(server, seconds)
     errors = [row["effective_bits"] - target for row in rows]
+    shared = [row.get("decode_loaded_bits", 0) - SCALE_BITS - target for row in rows]
     return {
         "target": target,
         "mean": statistics.mean(errors),
         "worst": max(errors, key=abs),
         "inside": sum(abs(error) <= 0.05 for error in errors) / len(errors),
         "loaded": statistics.mean(row["loaded_bits"] for row in rows) - SCALE_BITS,
+        "shared_worst": max(shared, key=abs),
         "speed": statistics.mean(row["load"].get("tokens_per_second", 0) for row in rows),
         "saturated": any(row.get("saturated") for row in rows),
     }
@@ -89,12 +91,14 @@ def main():
     load = Load(server, prompts, options.clients, options.new_tokens)
     try:
         time.sleep(5)
+        shared = "| worst second of loaded by decodes " if options.coherent else ""
         print("| target | mean error | worst second | seconds within 0.05 | loaded less scales "
-              "| tokens/s |\n| --- | --- | --- | --- | --- | --- |")
+              f"{shared}| tokens/s |\n" + "| --- " * (7 if shared else 6) + "|")
         for target in (float(t) for t in options.targets.split(",")):
             row = measure(server, target, options.settle, options.seconds)
             print(f"| {target:g}{' (saturated)' if row['saturated'] else ''} | {row['mean']:+.3f} "
-                  f"| {row['worst']:+.3f} | {row['inside']:.0%} | {row['loaded']:.2f} "
+                  f"| {row['worst']:+.3f} | {row['inside']:.0%} | {row['loaded']:.2f} " +
+                  (f"| {row['shared_worst']:+.3f} " if shared else "") +
                   f"| {row['speed']:.0f} |", flush=True)
     finally:
         load.stop()

@@ -101,7 +101,7 @@ TEST_F(EngineTest, PinnedPrecisionGivesTheSameTokensAloneAndInCompany) {
     request.precision = band;
     const std::vector<int32_t> alone = Run(request);
     Open(options);  // nothing cached
-    engine_->SetPrecision({4.0f, 0.1f, 0});
+    engine_->SetPrecision({4.0f, {{0.1f, -0.1f, 0}}});
     std::vector<std::unique_ptr<CollectingSink>> company;
     for (int i = 0; i < 12; ++i) {
       company.push_back(std::make_unique<CollectingSink>());
@@ -202,10 +202,10 @@ TEST_F(EngineTest, EffectiveBitsAreExactAtPinnedLevelsAndFollowTheTarget) {
   }
   // The target changes while a stream runs, and its next tokens show it.
   CollectingSink sink;
-  engine_->SetPrecision({8.0f, 0, 0});
+  engine_->SetPrecision({.target_bits = 8.0f});
   ASSERT_TRUE(engine_->Submit(Request(20, 200, 9), &sink).ok());
   sink.WaitForTokens(3);
-  engine_->SetPrecision({2.0f, 0, 0});
+  engine_->SetPrecision({.target_bits = 2.0f});
   sink.Wait();
   EXPECT_FLOAT_EQ(sink.bits.front(), 8.0f);
   EXPECT_FLOAT_EQ(sink.bits.back(), 2.0f);
@@ -217,11 +217,72 @@ TEST_F(EngineTest, EffectiveBitsAreExactAtPinnedLevelsAndFollowTheTarget) {
   EXPECT_NEAR(kept.Wait().mean_effective_bits, 8.0, 1e-6);
 }
 
+// Changes the target at every token; each next one must have the bits set at the one before.
+class SwitchingSink final : public TokenSink {
+ public:
+  explicit SwitchingSink(Engine& engine) : engine_(engine) {}
+  bool OnToken(const TokenEvent& event) override {
+    if (expected_) {
+      EXPECT_FLOAT_EQ(event.effective_bits, *expected_);
+    }
+    expected_ = expected_ == 2.0f ? 8.0f : 2.0f;
+    engine_.SetPrecision({.target_bits = *expected_});
+    return inner_.OnToken(event);
+  }
+  void OnDone(const RequestEnd& end) override { inner_.OnDone(end); }
+  const RequestEnd& Wait() { return inner_.Wait(); }
+
+ private:
+  Engine& engine_;
+  std::optional<float> expected_;
+  CollectingSink inner_;
+};
+
+TEST_F(EngineTest, ASwitchHoldsFromTheNextStepAndCostsNone) {
+  for (const bool coherent : {false, true}) {
+    EngineOptions options;
+    options.coherent_decode = coherent;
+    Open(options);
+    const uint64_t before = engine_->stats().steps;
+    SwitchingSink sink(*engine_);
+    ASSERT_TRUE(engine_->Submit(Request(20, 100), &sink).ok());
+    EXPECT_TRUE(sink.Wait().status.ok());
+    ExpectAllBlocksFree();
+    EXPECT_EQ(engine_->stats().steps - before, 100u) << "a step a token, the prompt's the first's";
+  }
+}
+
+TEST_F(EngineTest, EveryRegimeIsTrimmedAndCountedByItself) {
+  for (const bool coherent : {false, true}) {
+    EngineOptions options;
+    options.coherent_decode = coherent;
+    Open(options);
+    engine_->SetPrecision({4.0f, {{0.5f, -0.5f, 0.25f}}});
+    GenerationRequest pinned = Request(20, 10, 2);
+    pinned.precision.level = 4;
+    Run(Request(20, 11));
+    Run(pinned);  // the price decided nothing
+    ExpectAllBlocksFree();
+    const EngineStats stats = engine_->stats();
+    const BitsCounters& prompts = stats.tracked[Regime::kPrompt];
+    const BitsCounters& decodes = stats.tracked[coherent ? Regime::kCoherent : Regime::kDecode];
+    EXPECT_EQ(prompts.count, 20u);
+    EXPECT_EQ(decodes.count, 10u);
+    EXPECT_EQ(stats.tracked[coherent ? Regime::kDecode : Regime::kCoherent].count, 0u);
+    EXPECT_DOUBLE_EQ(prompts.trim_sum, 20 * 0.5);
+    EXPECT_DOUBLE_EQ(decodes.trim_sum, 10 * (coherent ? 0.25 : -0.5));
+    EXPECT_DOUBLE_EQ(prompts.target_sum + decodes.target_sum, 30 * 4);
+    EXPECT_GT(prompts.bits_sum, 20 * 2);
+    EXPECT_LT(decodes.bits_sum, 10 * 8);
+    EXPECT_EQ(stats.decode_steps, 19u);
+  }
+}
+
 TEST_F(EngineTest, CoherentDecodesShareTheirBitsAndPinnedOnesKeepTheirOwn) {
   EngineOptions options;
   options.coherent_decode = true;
   Open(options);
-  engine_->SetPrecision({4.0f, 0, 0});
+  engine_->SetPrecision({.target_bits = 4.0f});
   GenerationRequest pinned = Request(20, 60, 50);
   pinned.precision.level = 4;
   GateSink gate;
@@ -234,7 +295,7 @@ TEST_F(EngineTest, CoherentDecodesShareTheirBitsAndPinnedOnesKeepTheirOwn) {
   for (CollectingSink& sink : sinks) sink.Wait();
   EXPECT_NEAR(kept.Wait().mean_effective_bits, 8.0, 1e-6);
   const EngineStats stats = engine_->stats();
-  EXPECT_GT(stats.coherent_steps, 30u);
+  EXPECT_GT(stats.tracked[Regime::kCoherent].count, 30u);
   // The first token comes from the prompt's step, where tokens choose for themselves.
   for (int step = 1; step < 60; ++step) {
     for (int i = 1; i < 8; ++i) EXPECT_EQ(sinks[i].bits[step], sinks[0].bits[step]) << step;
@@ -243,7 +304,7 @@ TEST_F(EngineTest, CoherentDecodesShareTheirBitsAndPinnedOnesKeepTheirOwn) {
 
 TEST_F(EngineTest, APremiumRequestKeepsItsFloorInTheBatchThatLowersAStandardOne) {
   Open();
-  engine_->SetPrecision({2.0f, 0, 0});
+  engine_->SetPrecision({.target_bits = 2.0f});
   GateSink gate;
   ASSERT_TRUE(engine_->Submit(Request(4, 1), &gate).ok());
   gate.WaitUntilHeld();
@@ -264,7 +325,7 @@ TEST_F(EngineTest, APremiumRequestKeepsItsFloorInTheBatchThatLowersAStandardOne)
   EXPECT_EQ(beside[0], 8);
   // What it has beside others is what it has alone at a target of its floor, to the bit.
   for (int i = 0; i < 3; ++i) {
-    engine_->SetPrecision({floors[i], 0, 0});
+    engine_->SetPrecision({.target_bits = floors[i]});
     CollectingSink sink;
     GenerationRequest request = Request(20, 60, 10 + i);
     request.cache_salt = "apart";
@@ -281,7 +342,7 @@ TEST_F(EngineTest, CoherentDecodesShareTheHighestFloorAndRequestsThatAcceptLessD
   EngineOptions options;
   options.coherent_decode = true;
   Open(options);
-  engine_->SetPrecision({3.0f, 0, 0});
+  engine_->SetPrecision({.target_bits = 3.0f});
   GateSink gate;
   ASSERT_TRUE(engine_->Submit(Request(4, 1), &gate).ok());
   gate.WaitUntilHeld();
@@ -299,8 +360,8 @@ TEST_F(EngineTest, CoherentDecodesShareTheHighestFloorAndRequestsThatAcceptLessD
   for (int step = 1; step < 38; ++step) EXPECT_EQ(lifted.bits[step], 8) << step;
   // Alone again, it is at the target.
   EXPECT_LT(lifted.bits.back(), 8);
-  const EngineStats stats = engine_->stats();
-  EXPECT_GE(stats.coherent_target_sum / static_cast<double>(stats.coherent_steps), 3);
+  const BitsCounters shared = engine_->stats().tracked[Regime::kCoherent];
+  EXPECT_GE(shared.target_sum / static_cast<double>(shared.count), 3);
 }
 
 TEST_F(EngineTest, CancelledAndExpiredRequestsFreeTheirBlocks) {

@@ -32,7 +32,7 @@ TEST(PriceTable, TheEndsReadOneLevelWhateverTheScores) {
 
 TEST(PriceTable, RequestsKeepTheirBandAndPinnedOnesIgnoreTheTarget) {
   const PriceTable table = Table();
-  const PrecisionTarget target{3.0f, 0.5f, 0.0f};
+  const PrecisionTarget target{3.0f, {{0.5f, 0.5f, 0.0f}}};
   EXPECT_EQ(PriceTable::BitsOf({4.0f, 8.0f, 0}, target), 4.0f);
   EXPECT_EQ(PriceTable::BitsOf({2.0f, 2.5f, 0}, target), 2.5f);
   EXPECT_FLOAT_EQ(table.Resolve({3.5f, 3.5f, 0}, 3.0f, 0.5f).price, table.PriceOf(3.5f));
@@ -47,15 +47,19 @@ TEST(PriceTable, AFloatModelIsNeverRouted) {
   EXPECT_EQ(precision.min_level, precision.max_level);
 }
 
-TEST(Prices, SharedLevelsArePricedByHowManyShareThem) {
+TEST(Prices, EveryRegimeHasItsTrimAndSharedLevelsArePricedByHowManyShareThem) {
   const PriceTable coherent({{2.0f, 1e-3f}, {8.0f, 1e-9f}});
   const Prices prices{Table(), coherent, 16};
-  const PrecisionTarget target{3.0f, 0.25f, 0.5f};
+  const PrecisionTarget target{3.0f, {{0.25f, 0.75f, 0.5f}}};
   const PrecisionBand any;
-  EXPECT_FLOAT_EQ(prices.Resolve(any, target, 0).price, Table().Resolve(3.0f, 0.25f).price);
-  EXPECT_FLOAT_EQ(prices.Resolve(any, target, 16).price, coherent.Resolve(3.0f, 0.5f).price);
+  const auto price = [&](Regime regime, int tokens) {
+    return prices.Resolve(any, target, regime, tokens).price;
+  };
+  EXPECT_FLOAT_EQ(price(Regime::kPrompt, 16), Table().Resolve(3.0f, 0.25f).price);
+  EXPECT_FLOAT_EQ(price(Regime::kDecode, 16), Table().Resolve(3.0f, 0.75f).price);
+  EXPECT_FLOAT_EQ(price(Regime::kCoherent, 16), coherent.Resolve(3.0f, 0.5f).price);
   for (const int tokens : {1, 4, 64}) {
-    EXPECT_NEAR(prices.Resolve(any, target, tokens).price,
+    EXPECT_NEAR(price(Regime::kCoherent, tokens),
                 coherent.Resolve(3.0f, 0.5f).price * static_cast<float>(tokens) / 16,
                 coherent.PriceOf(3.0f) * 1e-4f);
   }

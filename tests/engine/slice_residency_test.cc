@@ -204,7 +204,7 @@ class CappedRun {
     }
     std::vector<double> given;
     for (int step = 0; step < 24; ++step) {
-      const PrecisionTarget target{target_bits, 0.2f, -0.1f};
+      const PrecisionTarget target{target_bits, {{0.2f, 0.1f, -0.1f}}};
       auto result = runner_->Run(plan, target, max_level);
       EXPECT_TRUE(result.ok()) << result.status();
       given.push_back(result->loaded_bits);

@@ -4,6 +4,7 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "server/policy_yaml.h"
 #include "tests/server/fake_clock.h"
 
 namespace mobi {
@@ -32,17 +33,16 @@ class CountingEngine final : public Engine {
 
   void Step() {
     const double nats_per_bit = std::log(100.0) / 2;
-    const double free = target_.target_bits + shift_ - target_.log_price_trim / nats_per_bit;
+    const double free =
+        target_.target_bits + shift_ - target_.log_price_trim[Regime::kDecode] / nats_per_bit;
     const double bits = std::clamp(free, 2.0, 8.0);
     ++stats_.steps;
     stats_.step_seconds_sum += 0.01;
     stats_.generation_tokens += 8;
     stats_.effective_tokens += 8;
     stats_.effective_bits_sum += 8 * bits;
-    stats_.tracked_tokens += 8;
-    stats_.tracked_bits_sum += 8 * bits;
-    stats_.tracked_target_sum += 8 * target_.target_bits;
-    stats_.tracked_trim_sum += 8 * target_.log_price_trim;
+    stats_.tracked[Regime::kDecode].Add(8, 8 * bits, target_.target_bits,
+                                        target_.log_price_trim[Regime::kDecode]);
     stats_.loaded_bits_sum += bits + 0.5;
   }
 
@@ -194,6 +194,42 @@ TEST_F(ControllerTest, ConcurrentPoliciesAreSerialised) {
   EXPECT_EQ(controller_.policy().source, "admin");
   EXPECT_FALSE(controller_.SetPolicy(PolicyFromFlags(9), std::nullopt).ok());
   EXPECT_EQ(controller_.policy().generation, 2u);
+}
+
+TEST_F(ControllerTest, ASystemClockThatJumpsAnHourMovesNoWindow) {
+  Attach();
+  // The clock begins at midnight.
+  const auto policy = ParsePolicy(
+      "windows:\n"
+      "  - {name: night, cron: \"0 0 * * *\", duration: 40m, floor_bits: 4, ceiling_bits: 4}\n"
+      "  - {name: day, floor_bits: 7, ceiling_bits: 7}\n",
+      "p");
+  ASSERT_TRUE(policy.ok()) << policy.status();
+  ASSERT_TRUE(controller_.SetPolicy({*policy, "", "test"}, std::nullopt).ok());
+  int changes = 0;
+  const auto run = [&](Duration duration) {
+    for (Duration t{}; t < duration; t += seconds(1)) {
+      const std::string before = controller_.status().window.name;
+      clock_.Advance(seconds(1));
+      controller_.Tick();
+      changes += controller_.status().window.name != before;
+    }
+  };
+  run(seconds(60));
+  EXPECT_EQ(controller_.status().window.name, "night");
+  for (const Duration jump : {std::chrono::hours(1), -std::chrono::hours(1)}) {
+    clock_.SetWallForward(jump);
+    run(std::chrono::minutes(4));
+    clock_.SetWallForward(-jump);
+    run(std::chrono::minutes(1));
+  }
+  EXPECT_EQ(changes, 0);
+  EXPECT_EQ(engine_.target_.target_bits, 4);
+  // One that stays is meant, and followed once.
+  clock_.SetWallForward(std::chrono::hours(1));
+  run(std::chrono::minutes(20));
+  EXPECT_EQ(changes, 1);
+  EXPECT_EQ(engine_.target_.target_bits, 7);
 }
 
 TEST_F(ControllerTest, TimeBelowTheFloorIsCounted) {

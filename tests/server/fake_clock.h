@@ -15,6 +15,10 @@ class FakeClock final : public Clock {
   WallTime WallNow() const override { return wall_; }
   void Advance(Duration duration) {
     now_ = now_.load() + duration;
+    SetWallForward(duration);
+  }
+  // Somebody sets the system's clock; time goes on as before.
+  void SetWallForward(Duration duration) {
     wall_ = wall_.load() + std::chrono::duration_cast<WallTime::duration>(duration);
   }
 
