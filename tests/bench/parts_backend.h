@@ -7,11 +7,11 @@
 #include <array>
 #include <memory>
 #include <optional>
-#include <string>
 #include <utility>
 
 #include "engine/base/clock.h"
 #include "kernels/backend.h"
+#include "tests/engine/forwarding_backend.h"
 
 namespace mobi {
 
@@ -20,33 +20,17 @@ inline constexpr int kNumParts = 6;
 inline constexpr std::array<const char*, kNumParts> kPartNames = {"linears", "router",  "attention",
                                                                   "norms",   "lm_head", "sampling"};
 
-class PartsBackend final : public Backend {
+class PartsBackend final : public ForwardingBackend {
  public:
   // Products with `vocab_size` outputs are lm_head's.
   PartsBackend(std::unique_ptr<Backend> inner, int vocab_size)
-      : inner_(std::move(inner)), vocab_size_(vocab_size) {}
+      : ForwardingBackend(std::move(inner)), vocab_size_(vocab_size) {}
 
   // From now on steps lack this part; their results mean nothing.
   void Omit(std::optional<Part> part) { omitted_ = part; }
   // Since the last call, by part. Nothing where ops run on after they return.
   std::array<double, kNumParts> TakeSeconds() { return std::exchange(seconds_, {}); }
 
-  std::string_view name() const override { return inner_->name(); }
-  std::string description() const override { return inner_->description(); }
-  DType activation_dtype() const override { return inner_->activation_dtype(); }
-  MemoryInfo memory() const override { return inner_->memory(); }
-  absl::StatusOr<Buffer> Allocate(size_t bytes, std::string_view what) override {
-    return inner_->Allocate(bytes, what);
-  }
-  void Upload(const void* host, size_t bytes, void* device) override {
-    inner_->Upload(host, bytes, device);
-  }
-  void Download(const void* device, size_t bytes, void* host) override {
-    inner_->Download(device, bytes, host);
-  }
-  void Zero(void* device, size_t bytes) override { inner_->Zero(device, bytes); }
-  absl::Status Synchronize() override { return inner_->Synchronize(); }
-  int PaddedDecodes(int num_decodes) const override { return inner_->PaddedDecodes(num_decodes); }
   void RunStep(const StepKey& key, absl::FunctionRef<void()> body) override;
 
   void Embed(Tensor table, const int32_t* ids, Tensor out) override;
@@ -76,11 +60,8 @@ class PartsBackend final : public Backend {
     op();
     seconds_[static_cast<int>(part)] += ToSeconds(clock_.Now() - begin);
   }
-  // Buffers know the backend that made them, which is the inner one.
-  void Free(void*) override {}
 
   const RealClock clock_;
-  const std::unique_ptr<Backend> inner_;
   const int vocab_size_;
   std::optional<Part> omitted_;
   std::array<double, kNumParts> seconds_{};

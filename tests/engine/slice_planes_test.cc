@@ -8,6 +8,7 @@
 
 #include "engine/model.h"
 #include "engine/synthetic_weights.h"
+#include "tests/engine/refusing_backend.h"
 
 namespace mobi {
 namespace {
@@ -47,7 +48,7 @@ class SlicePlanesTest : public testing::Test {
     return bytes;
   }
 
-  std::unique_ptr<Backend> backend_ = CreateCpuBackend({.num_threads = 1});
+  std::unique_ptr<RefusingBackend> backend_ = std::make_unique<RefusingBackend>();
   std::unique_ptr<SyntheticWeights> weights_;
   std::unique_ptr<Model> model_;
   RealClock clock_;
@@ -82,6 +83,30 @@ TEST_F(SlicePlanesTest, WhatComesBackIsWhatLeft) {
     }
   }
   EXPECT_EQ(planes.resident_bytes(), everything);
+}
+
+TEST_F(SlicePlanesTest, MemoryThatIsRefusedHalfWayIsGivenBackAndTheLevelComesLater) {
+  SlicePlanes& planes = model_->slice_planes();
+  const std::vector<uint8_t> before = Bytes(kNumLevels), below = Bytes(kNumLevels - 1);
+  planes.Drop();
+  backend_->RefuseAfter(1);
+  const auto first = planes.Restore(clock_, Duration::zero());
+  ASSERT_TRUE(first.ok()) << first.status();
+  EXPECT_FALSE(*first);
+  EXPECT_TRUE(planes.restoring());
+  for (int i = 0; i < 3; ++i) {
+    EXPECT_EQ(planes.Restore(clock_, Duration::zero()).status().code(),
+              absl::StatusCode::kResourceExhausted);
+    EXPECT_FALSE(planes.restoring()) << "what was there has been given back";
+    EXPECT_EQ(planes.resident_levels(), kNumLevels - 1);
+    EXPECT_EQ(Bytes(kNumLevels - 1), below);
+  }
+  EXPECT_EQ(backend_->refused(), 3);
+  backend_->RefuseNothing();
+  const auto done = planes.Restore(clock_, std::chrono::hours(1));
+  ASSERT_TRUE(done.ok()) << done.status();
+  EXPECT_TRUE(*done);
+  EXPECT_EQ(Bytes(kNumLevels), before);
 }
 
 TEST_F(SlicePlanesTest, ALevelComesBackInOneGoWhereThereIsTime) {

@@ -13,6 +13,7 @@
 #include "tests/engine/collecting_sink.h"
 #include "tests/engine/gate_sink.h"
 #include "tests/engine/loaded_engine.h"
+#include "tests/engine/refusing_backend.h"
 #include "tests/engine/test_models.h"
 
 namespace mobi {
@@ -80,7 +81,8 @@ class SliceResidencyTest : public testing::Test {
     return options;
   }
 
-  void Open(const EngineOptions& options) {
+  void Open(const EngineOptions& options,
+            std::unique_ptr<Backend> backend = CreateCpuBackend({.num_threads = 2})) {
     engine_ = nullptr;
     loaded_.reset();
     checkpoint_.reset();
@@ -88,7 +90,7 @@ class SliceResidencyTest : public testing::Test {
     ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
     checkpoint_ = std::make_unique<Checkpoint>(*std::move(checkpoint));
     loaded_ = std::make_unique<LoadedEngine>();
-    loaded_->backend = CreateCpuBackend({.num_threads = 2});
+    loaded_->backend = std::move(backend);
     auto model = Model::Load(*checkpoint_, *loaded_->backend, 0, nullptr);
     ASSERT_TRUE(model.ok()) << model.status();
     loaded_->model = *std::move(model);
@@ -315,6 +317,40 @@ TEST_F(SliceResidencyTest, ARequestThatNeedsWhatIsAwayGetsIt) {
     start.WaitUntilDone();
     held.WaitUntilDone();
   }
+  ExpectAllComesBack();
+}
+
+TEST_F(SliceResidencyTest, WhileMemoryIsRefusedRequestsAreServedWithoutIt) {
+  EngineOptions off = Eager();
+  off.residency.enabled = false;
+  Open(off);
+  const GenerationRequest low = AtLevel(Large(60), 1), highest = AtLevel(Large(61), 4);
+  const std::vector<int32_t> expected_low = Run(low), expected_highest = Run(highest);
+
+  auto owned = std::make_unique<RefusingBackend>();
+  RefusingBackend& backend = *owned;
+  Open(Eager(), std::move(owned));
+  backend.RefuseAfter(0);
+  Company company;
+  std::vector<GenerationRequest> crowd;
+  for (int i = 0; i < 24; ++i) crowd.push_back(AtLevel(Large(70 + i), 1 + i % 2));
+  for (auto& sink : SubmitTogether(crowd, company)) EXPECT_TRUE(sink->Wait().status.ok());
+  EXPECT_GT(engine_->stats().slice_drops, 0u);
+  // The crowd has gone and the slices want to come back, again and again.
+  WaitUntil([&](const EngineStats&) { return backend.refused() >= 3; });
+  EXPECT_LT(engine_->stats().resident_levels, kNumLevels);
+  EXPECT_GT(engine_->stats().lent_kv_blocks, 0)
+      << "what could not be used for slices is lent again";
+  EXPECT_EQ(Run(low), expected_low);
+  // One that needs what is away waits, and does not fail.
+  CollectingSink sink;
+  ASSERT_TRUE(engine_->Submit(highest, &sink).ok());
+  const int refused = backend.refused();
+  WaitUntil([&](const EngineStats&) { return backend.refused() >= refused + 3; });
+  EXPECT_LT(engine_->stats().resident_levels, kNumLevels);
+  backend.RefuseNothing();
+  EXPECT_TRUE(sink.Wait().status.ok()) << sink.Wait().status;
+  EXPECT_EQ(sink.completions[0], expected_highest);
   ExpectAllComesBack();
 }
 
