@@ -16,12 +16,12 @@
 #include "absl/strings/str_cat.h"
 #include "engine/base/flags.h"
 #include "engine/base/status_macros.h"
-#include "server/latency_histogram.h"
 #include "server/loadgen/trace.h"
 #include "server/policy_file.h"
 #include "server/pressure.h"
 #include "server/pressure_signals.h"
 #include "server/pressure_surface.h"
+#include "tests/server/simulated_server.h"
 
 ABSL_FLAG(std::string, trace, "", "CSV of TIMESTAMP,ContextTokens,GeneratedTokens.");
 ABSL_FLAG(std::string, surface, "", "Step latency by bits and tokens (JSON).");
@@ -50,72 +50,33 @@ constexpr double kTolerance = 0.1;        // of the autoscaler around its thresh
 constexpr double kMaxQueueWait = 10;
 constexpr double kWarmUp = 600;  // not measured
 
-struct Request {
-  double arrival = 0;
-  int prompt_tokens = 0;
-  int output_tokens = 0;
-};
-
-struct Objectives {
-  double ttft_seconds = 0.5;
-  double itl_seconds = 0.05;
-};
-
-// What users got, over all replicas.
-struct Outcome {
-  int64_t first_tokens = 0, first_in_time = 0, later_tokens = 0, later_in_time = 0, refused = 0;
-  double bits_sum = 0;
-  int64_t tokens = 0;
-  double replica_seconds = 0;
-  int most_replicas = 0;
-};
-
-// Continuous batching with chunked prefill, in arrival order, as the scheduler's defaults are.
+// A server with its own outer loop; the inner one is taken to hold its target.
 class Replica {
  public:
-  Replica(const StepSurface& surface, const Policy& policy, const Objectives& objectives,
+  Replica(const SimulatedServerOptions& options, const StepSurface& surface, const Policy& policy,
           bool elastic)
       : surface_(surface),
         policy_(policy),
         window_(policy.windows.front()),
-        objectives_(objectives),
-        elastic_(elastic) {
-    bits_ = window_.ceiling_bits;
+        elastic_(elastic),
+        server_(options) {
+    server_.SetBits(window_.ceiling_bits);
     state_.target_bits = window_.ceiling_bits;
   }
 
-  void Submit(const Request& request) { waiting_.push_back({request}); }
-  int load() const { return static_cast<int>(waiting_.size() + running_.size()); }
-  int waiting() const { return static_cast<int>(waiting_.size()); }
-  double bits() const { return bits_; }
+  SimulatedServer& server() { return server_; }
+  const SimulatedServer& server() const { return server_; }
   // A replica that has computed nothing within the query's range does not count.
   double deficit(double time) const {
     const double range = window_.ceiling_bits - window_.floor_bits;
-    const bool idle = time_of_work_ < time - kAverage;
-    return idle || range <= 0 ? 0 : (window_.ceiling_bits - bits_) / range;
+    const bool idle = server_.last_work() < time - kAverage;
+    return idle || range <= 0 ? 0 : (window_.ceiling_bits - server_.bits()) / range;
   }
 
-  void RunUntil(double time, Outcome& outcome) {
-    while (true) {
-      if (!in_step_ && !BeginStep(outcome)) break;
-      if (step_end_ > time) return;
-      time_ = step_end_;
-      EndStep(outcome);
-    }
-    time_ = time;
-  }
-
-  // The server's own outer loop; the inner one is taken to hold its target.
   void Control(double time) {
-    LoadSample sample{stats_, ttft_.counts(), itl_.counts()};
-    sample.stats.waiting_requests = waiting();
-    sample.stats.running_requests = static_cast<int>(running_.size());
-    sample.stats.num_kv_blocks = absl::GetFlag(FLAGS_kv_tokens);
-    sample.stats.free_kv_blocks = sample.stats.num_kv_blocks - kv_tokens_;
-    for (const Sequence& s : waiting_) sample.stats.waiting_tokens += s.request.prompt_tokens;
     if (!elastic_) return;
     const TimePoint now{std::chrono::duration_cast<Duration>(std::chrono::duration<double>(time))};
-    reader_.Add(now, sample);
+    reader_.Add(now, server_.sample());
     const auto readings = reader_.Read(policy_.AllSignals(), {});
     state_ = UpdatePressure({},
                             {.floor_bits = window_.floor_bits,
@@ -124,98 +85,15 @@ class Replica {
                              .surface = &surface_,
                              .step_tokens = reader_.step_tokens()},
                             now, state_);
-    bits_ = state_.target_bits;
+    server_.SetBits(state_.target_bits);
   }
 
  private:
-  struct Sequence {
-    Request request;
-    int computed = 0;
-    int generated = 0;
-    double last_token = 0;
-    int chunk = 0;
-  };
-
-  bool BeginStep(Outcome& outcome) {
-    while (!waiting_.empty() && time_ - waiting_.front().request.arrival > kMaxQueueWait) {
-      outcome.refused += waiting_.front().request.arrival > kWarmUp;
-      waiting_.pop_front();
-    }
-    while (!waiting_.empty() &&
-           static_cast<int>(running_.size()) < absl::GetFlag(FLAGS_max_num_seqs)) {
-      const Request& next = waiting_.front().request;
-      const int room = next.prompt_tokens + next.output_tokens;
-      if (kv_tokens_ + room > absl::GetFlag(FLAGS_kv_tokens)) break;
-      kv_tokens_ += room;
-      time_ = std::max(time_, next.arrival);
-      running_.push_back(waiting_.front());
-      waiting_.pop_front();
-    }
-    if (running_.empty()) return false;
-    int budget = absl::GetFlag(FLAGS_max_num_batched_tokens);
-    for (Sequence& s : running_) budget -= s.chunk = s.generated > 0;
-    for (Sequence& s : running_) {
-      if (s.generated == 0) {
-        budget -= s.chunk = std::min(budget, s.request.prompt_tokens - s.computed);
-      }
-    }
-    step_tokens_ = absl::GetFlag(FLAGS_max_num_batched_tokens) - budget;
-    step_bits_ = bits_;
-    step_end_ = time_ + surface_.StepMs(bits_, step_tokens_) * 1e-3;
-    return in_step_ = true;
-  }
-
-  void EndStep(Outcome& outcome) {
-    in_step_ = false;
-    time_of_work_ = time_;
-    ++stats_.steps;
-    stats_.effective_tokens += step_tokens_;
-    stats_.effective_bits_sum += step_tokens_ * step_bits_;
-    stats_.step_seconds_sum += surface_.StepMs(step_bits_, step_tokens_) * 1e-3;
-    if (time_ > kWarmUp) {
-      outcome.tokens += step_tokens_;
-      outcome.bits_sum += step_tokens_ * step_bits_;
-    }
-    for (Sequence& s : running_) {
-      s.computed += s.chunk;
-      if (s.chunk > 0 && s.computed >= s.request.prompt_tokens) Token(s, outcome);
-    }
-    std::erase_if(running_, [this](const Sequence& s) {
-      if (s.generated < s.request.output_tokens) return false;
-      kv_tokens_ -= s.request.prompt_tokens + s.request.output_tokens;
-      return true;
-    });
-  }
-
-  void Token(Sequence& s, Outcome& outcome) {
-    const bool first = s.generated++ == 0;
-    const double latency = time_ - (first ? s.request.arrival : s.last_token);
-    (first ? ttft_ : itl_)
-        .Observe(std::chrono::duration_cast<Duration>(std::chrono::duration<double>(latency)));
-    s.last_token = time_;
-    ++stats_.generation_tokens;
-    if (s.request.arrival <= kWarmUp) return;
-    ++(first ? outcome.first_tokens : outcome.later_tokens);
-    (first ? outcome.first_in_time : outcome.later_in_time) +=
-        latency <= (first ? objectives_.ttft_seconds : objectives_.itl_seconds);
-  }
-
   const StepSurface& surface_;
   const Policy& policy_;
   const PolicyWindow& window_;
-  const Objectives objectives_;
   const bool elastic_;
-  double time_ = 0;
-  double bits_ = 0;
-  double time_of_work_ = -kAverage;
-  std::deque<Sequence> waiting_;
-  std::vector<Sequence> running_;
-  int kv_tokens_ = 0;
-  bool in_step_ = false;
-  double step_end_ = 0, step_bits_ = 0;
-  int step_tokens_ = 0;
-  EngineStats stats_;
-  LatencyHistogram ttft_, itl_;
+  SimulatedServer server_;
   SignalReader reader_;
   PressureState state_;
 };
@@ -273,9 +151,9 @@ struct Run {
 
 class Fleet {
  public:
-  Fleet(const Run& run, const StepSurface& surface, const Policy& policy,
-        const Objectives& objectives)
-      : run_(run), surface_(surface), policy_(policy), objectives_(objectives) {
+  Fleet(const Run& run, const SimulatedServerOptions& options, const StepSurface& surface,
+        const Policy& policy)
+      : run_(run), options_(options), surface_(surface), policy_(policy) {
     while (static_cast<int>(ready_.size()) < absl::GetFlag(FLAGS_min_replicas))
       ready_.push_back(New());
     if (const std::string prefix = absl::GetFlag(FLAGS_csv); !prefix.empty()) {
@@ -284,32 +162,42 @@ class Fleet {
     }
   }
 
-  Outcome Simulate(const std::vector<Request>& requests) {
+  void Simulate(const std::vector<SimulatedRequest>& requests) {
     size_t next = 0;
     const double end = requests.back().arrival;
     for (int64_t tick = 1; tick * kTick <= end; ++tick) {
       const double time = static_cast<double>(tick) * kTick;
       for (; next < requests.size() && requests[next].arrival <= time; ++next) {
         // Round robin over ready replicas, as clients of a headless service do.
-        ready_[turn_++ % ready_.size()]->Submit(requests[next]);
+        ready_[turn_++ % ready_.size()]->server().Submit(requests[next]);
         ++arrived_;
       }
       for (auto* group : {&ready_, &leaving_}) {
         for (auto& replica : *group) {
-          replica->RunUntil(time, outcome_);
+          replica->server().RunUntil(time);
           replica->Control(time);
         }
       }
-      std::erase_if(leaving_, [](const auto& replica) { return replica->load() == 0; });
-      if (time > kWarmUp) outcome_.replica_seconds += kTick * replicas();
+      std::erase_if(leaving_, [this](const auto& replica) {
+        if (!replica->server().idle()) return false;
+        outcome_ += replica->server().outcome();
+        return true;
+      });
+      if (time > kWarmUp) replica_seconds_ += kTick * replicas();
       if (tick % std::lround(1 / kTick) == 0) EverySecond(time);
     }
-    return outcome_;
+    for (const auto* group : {&ready_, &leaving_}) {
+      for (const auto& replica : *group) outcome_ += replica->server().outcome();
+    }
   }
+
+  const SimulatedOutcome& outcome() const { return outcome_; }
+  double replica_seconds() const { return replica_seconds_; }
+  int most_replicas() const { return most_replicas_; }
 
  private:
   std::unique_ptr<Replica> New() const {
-    return std::make_unique<Replica>(surface_, policy_, objectives_, run_.elastic);
+    return std::make_unique<Replica>(options_, surface_, policy_, run_.elastic);
   }
   // Those that are paid for.
   int replicas() const {
@@ -319,9 +207,9 @@ class Fleet {
   void EverySecond(double time) {
     double waiting = 0, deficit = 0, bits = 0;
     for (const auto& replica : ready_) {
-      waiting += replica->waiting();
+      waiting += replica->server().waiting();
       deficit += replica->deficit(time);
-      bits += replica->bits();
+      bits += replica->server().bits();
     }
     const double mean_bits = bits / static_cast<double>(ready_.size());
     scaler_.Observe(waiting, deficit);
@@ -331,7 +219,7 @@ class Fleet {
       return true;
     });
     if (run_.scaled && std::fmod(time, kPoll) < 0.5) Scale(time);
-    outcome_.most_replicas = std::max(outcome_.most_replicas, replicas());
+    most_replicas_ = std::max(most_replicas_, replicas());
     if (csv_.is_open() && std::fmod(time, 5) < 0.5) {
       csv_ << std::lround(time) << ',' << replicas() << ',' << ready_.size() << ',' << waiting
            << ',' << mean_bits << ',' << arrived_ / 5.0 << '\n';
@@ -356,21 +244,23 @@ class Fleet {
   }
 
   const Run run_;
+  const SimulatedServerOptions options_;
   const StepSurface& surface_;
   const Policy& policy_;
-  const Objectives objectives_;
   std::vector<std::unique_ptr<Replica>> ready_, leaving_;
   std::vector<double> starting_;  // when each is ready
   Autoscaler scaler_;
-  Outcome outcome_;
+  SimulatedOutcome outcome_;
+  double replica_seconds_ = 0;
+  int most_replicas_ = 0;
   size_t turn_ = 0;
   int arrived_ = 0;
   std::ofstream csv_;
 };
 
 // Copies follow at even distances within a second, so that no two come at once.
-std::vector<Request> Requests(absl::Span<const TraceRow> rows, int copies) {
-  std::vector<Request> requests;
+std::vector<SimulatedRequest> Requests(absl::Span<const TraceRow> rows, int copies) {
+  std::vector<SimulatedRequest> requests;
   for (const TraceRow& row : rows) {
     for (int copy = 0; copy < copies; ++copy) {
       requests.push_back({.arrival = row.seconds + static_cast<double>(copy) / copies,
@@ -379,12 +269,23 @@ std::vector<Request> Requests(absl::Span<const TraceRow> rows, int copies) {
     }
   }
   std::sort(requests.begin(), requests.end(),
-            [](const Request& a, const Request& b) { return a.arrival < b.arrival; });
+            [](const auto& a, const auto& b) { return a.arrival < b.arrival; });
   return requests;
 }
 
-double Percent(int64_t part, int64_t whole) {
-  return whole == 0 ? 100 : 100.0 * static_cast<double>(part) / static_cast<double>(whole);
+SimulatedServerOptions ServerOptionsFor(const StepSurface& surface, const LatencyObjectives& slo) {
+  SimulatedServerOptions options;
+  options.max_seqs = absl::GetFlag(FLAGS_max_num_seqs);
+  options.max_step_tokens = absl::GetFlag(FLAGS_max_num_batched_tokens);
+  options.num_kv_blocks = absl::GetFlag(FLAGS_kv_tokens) / options.block_size;
+  options.step_seconds = [&surface](double bits, int decodes, int prompt_tokens) {
+    return surface.StepMs(bits, decodes + prompt_tokens) * 1e-3;
+  };
+  if (slo.ttft_p95_ms) options.ttft_objective_seconds = *slo.ttft_p95_ms * 1e-3;
+  if (slo.itl_p95_ms) options.itl_objective_seconds = *slo.itl_p95_ms * 1e-3;
+  options.max_queue_wait = kMaxQueueWait;
+  options.count_from = kWarmUp;
+  return options;
 }
 
 absl::Status Simulate() {
@@ -392,16 +293,13 @@ absl::Status Simulate() {
   if (absl::GetFlag(FLAGS_load) < 1 || absl::GetFlag(FLAGS_min_replicas) < 1) {
     return absl::InvalidArgumentError("--load and --min_replicas: must be at least 1");
   }
-  const std::vector<Request> requests = Requests(rows, absl::GetFlag(FLAGS_load));
+  const std::vector<SimulatedRequest> requests = Requests(rows, absl::GetFlag(FLAGS_load));
   MOBI_ASSIGN_OR_RETURN(const StepSurface surface, StepSurface::Load(absl::GetFlag(FLAGS_surface)));
   MOBI_ASSIGN_OR_RETURN(const PolicyText policy, ReadPolicyFile(absl::GetFlag(FLAGS_policy)));
-  Objectives objectives;
-  const LatencyObjectives& slo = policy.policy.slo;
-  if (slo.ttft_p95_ms) objectives.ttft_seconds = *slo.ttft_p95_ms * 1e-3;
-  if (slo.itl_p95_ms) objectives.itl_seconds = *slo.itl_p95_ms * 1e-3;
+  const SimulatedServerOptions options = ServerOptionsFor(surface, policy.policy.slo);
   std::printf("%zu requests in %.0f s; first token within %.0f ms, later ones within %.0f ms\n",
-              requests.size(), requests.back().arrival, objectives.ttft_seconds * 1e3,
-              objectives.itl_seconds * 1e3);
+              requests.size(), requests.back().arrival, options.ttft_objective_seconds * 1e3,
+              options.itl_objective_seconds * 1e3);
   std::printf("%-10s %15s %5s %12s %12s %8s %6s\n", "run", "replica-seconds", "most", "ttft met %",
               "itl met %", "refused", "bits");
   constexpr Run kRuns[] = {{"fixed", false, false},
@@ -409,11 +307,12 @@ absl::Status Simulate() {
                            {"precision", true, false},
                            {"both", true, true}};
   for (const Run& run : kRuns) {
-    const Outcome o = Fleet(run, surface, policy.policy, objectives).Simulate(requests);
-    std::printf("%-10s %15.0f %5d %12.2f %12.2f %8lld %6.2f\n", run.name, o.replica_seconds,
-                o.most_replicas, Percent(o.first_in_time, o.first_tokens + o.refused),
-                Percent(o.later_in_time, o.later_tokens), static_cast<long long>(o.refused),
-                o.bits_sum / static_cast<double>(std::max<int64_t>(o.tokens, 1)));
+    Fleet fleet(run, options, surface, policy.policy);
+    fleet.Simulate(requests);
+    const SimulatedOutcome& o = fleet.outcome();
+    std::printf("%-10s %15.0f %5d %12.2f %12.2f %8lld %6.2f\n", run.name, fleet.replica_seconds(),
+                fleet.most_replicas(), 100 * o.ttft_attainment(), 100 * o.itl_attainment(),
+                static_cast<long long>(o.refused), o.mean_bits());
   }
   return absl::OkStatus();
 }

@@ -227,6 +227,8 @@ struct Machine {
   const char* name;
   SimulatedServerOptions options;
   double queue_reference;
+  double mean_prompt_tokens = 200;
+  double mean_output_tokens = 60;
   double capacity_at_ceiling = 0;  // requests per second
   double capacity_at_floor = 0;
 };
@@ -240,15 +242,19 @@ std::function<double(double, int, int)> StepTime(double fixed, double weights, d
 
 constexpr float kFloor = 3, kCeiling = 8;
 
-double Capacity(const SimulatedServerOptions& options, double bits) {
+double Capacity(const Machine& machine, double bits) {
+  SimulatedServer server(machine.options);
   // More than any of the machines can do; what is not served only waits.
-  SimulatedServer server(
-      options, 1, [](double) { return 500.0; }, 500);
+  SimulatedArrivals arrivals(
+      1, [](double) { return 500.0; }, 500, machine.mean_prompt_tokens, machine.mean_output_tokens);
   server.SetBits(bits);
-  server.RunUntil(5);
-  const int before = server.finished();
-  server.RunUntil(25);
-  return (server.finished() - before) / 20.0;
+  const auto run = [&](double until) {
+    arrivals.SubmitUntil(until, server);
+    server.RunUntil(until);
+    return static_cast<double>(server.outcome().finished);
+  };
+  const double before = run(5);
+  return (run(25) - before) / 20;
 }
 
 std::vector<Machine> Machines() {
@@ -259,37 +265,37 @@ std::vector<Machine> Machines() {
   machines[1].options = {.max_seqs = 64,
                          .num_kv_blocks = 4096,
                          .step_seconds = StepTime(3e-3, 8e-3, 0.03e-3, 0.01e-3),
-                         .mean_output_tokens = 120,
                          .itl_objective_seconds = 0.03};
+  machines[1].mean_output_tokens = 120;
   machines[2] = {.name = "cpu", .options = {}, .queue_reference = 4};
   machines[2].options = {.max_seqs = 8,
                          .max_step_tokens = 128,
                          .step_seconds = StepTime(40e-3, 120e-3, 2e-3, 1e-3),
-                         .mean_prompt_tokens = 100,
                          .ttft_objective_seconds = 4,
                          .itl_objective_seconds = 0.45};
+  machines[2].mean_prompt_tokens = 100;
   machines[3] = {.name = "short of KV", .options = {}, .queue_reference = 8};
   machines[3].options = {.max_seqs = 32,
                          .num_kv_blocks = 200,
                          .step_seconds = StepTime(5e-3, 12e-3, 0.05e-3, 0.02e-3)};
   for (Machine& machine : machines) {
-    machine.capacity_at_ceiling = Capacity(machine.options, kCeiling);
-    machine.capacity_at_floor = Capacity(machine.options, kFloor);
+    machine.capacity_at_ceiling = Capacity(machine, kCeiling);
+    machine.capacity_at_floor = Capacity(machine, kFloor);
   }
   return machines;
 }
 
 struct Arm {
-  double mean_bits = 0;
-  double ttft_attainment = 0;
-  int most_waiting = 0;
+  SimulatedOutcome outcome;
   double swings_per_minute = 0;  // turns of the target by half the range
   double resting_bits = 0;       // mean of the last ten seconds
 };
 
 Arm Replay(const Machine& machine, uint64_t seed, const std::function<double(double)>& rate,
            double max_rate, double seconds, std::optional<float> fixed_bits) {
-  SimulatedServer server(machine.options, seed, rate, max_rate);
+  SimulatedServer server(machine.options);
+  SimulatedArrivals arrivals(seed, rate, max_rate, machine.mean_prompt_tokens,
+                             machine.mean_output_tokens);
   SignalReader reader;
   PressureState state;
   const std::vector<PolicySignal> signals = {
@@ -308,6 +314,7 @@ Arm Replay(const Machine& machine, uint64_t seed, const std::function<double(dou
   float extreme = kCeiling;
   Arm arm;
   for (double t = 0; t < seconds; t += kTick) {
+    arrivals.SubmitUntil(t, server);
     server.RunUntil(t);
     reader.Add(At(t), server.sample());
     const std::vector<SignalReading> readings = reader.Read(signals, {});
@@ -325,9 +332,7 @@ Arm Replay(const Machine& machine, uint64_t seed, const std::function<double(dou
       extreme = bits;
     }
   }
-  arm.mean_bits = server.mean_bits();
-  arm.ttft_attainment = server.ttft_attainment();
-  arm.most_waiting = server.most_waiting();
+  arm.outcome = server.outcome();
   arm.swings_per_minute = turns * 60 / seconds;
   return arm;
 }
@@ -374,13 +379,14 @@ TEST(PressureProperties, RandomLoadsOnSimulatedServers) {
     const Arm floor = Replay(machine, seed, load, max_rate, kSeconds, kFloor);
     SCOPED_TRACE(machine.name);
     // The queue overshoots the fastest server's by no more than a few references.
-    EXPECT_LE(elastic.most_waiting, floor.most_waiting + 4 * machine.queue_reference);
+    EXPECT_LE(elastic.outcome.most_waiting,
+              floor.outcome.most_waiting + 4 * machine.queue_reference);
     EXPECT_GE(elastic.resting_bits, kCeiling - 1);
     EXPECT_LT(elastic.swings_per_minute, 15);
-    elastic_missed += 1 - elastic.ttft_attainment;
-    ceiling_missed += 1 - ceiling.ttft_attainment;
-    floor_missed += 1 - floor.ttft_attainment;
-    bits += elastic.mean_bits;
+    elastic_missed += 1 - elastic.outcome.ttft_attainment();
+    ceiling_missed += 1 - ceiling.outcome.ttft_attainment();
+    floor_missed += 1 - floor.outcome.ttft_attainment();
+    bits += elastic.outcome.mean_bits();
     swings += elastic.swings_per_minute;
   }
   // Most of what fewer bits can save is saved, at far more bits.
