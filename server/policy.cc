@@ -160,16 +160,24 @@ const PriorityClass* Policy::FindClass(const std::string& name) const {
 
 std::vector<PolicySignal> Policy::AllSignals() const {
   std::vector<PolicySignal> all = signals;
-  const auto add = [&](SignalKind kind, const std::optional<double>& objective_ms) {
-    const bool listed =
-        std::any_of(signals.begin(), signals.end(),
-                    [kind](const PolicySignal& signal) { return signal.kind == kind; });
-    if (listed || !objective_ms) return;
-    all.push_back({.kind = kind, .name = SignalKindName(kind), .reference = *objective_ms});
-  };
-  add(SignalKind::kTtftP95, slo.ttft_p95_ms);
-  add(SignalKind::kItlP95, slo.itl_p95_ms);
+  for (const SignalKind kind :
+       {SignalKind::kQueueWait, SignalKind::kTtftP95, SignalKind::kItlP95}) {
+    const std::optional<double> reference = ReferenceOf(kind, slo);
+    const std::string name = SignalKindName(kind);
+    const bool listed = std::any_of(
+        signals.begin(), signals.end(),
+        [&](const PolicySignal& signal) { return signal.kind == kind || signal.name == name; });
+    if (!listed && reference) all.push_back({.kind = kind, .name = name, .reference = *reference});
+  }
   return all;
+}
+
+std::optional<double> ReferenceOf(SignalKind kind, const LatencyObjectives& slo) {
+  constexpr double kPartForTheQueue = 1.0 / 3;
+  if (kind == SignalKind::kTtftP95) return slo.ttft_p95_ms;
+  if (kind == SignalKind::kItlP95) return slo.itl_p95_ms;
+  if (kind == SignalKind::kQueueWait && slo.ttft_p95_ms) return kPartForTheQueue * *slo.ttft_p95_ms;
+  return std::nullopt;
 }
 
 const char* SignalKindName(SignalKind kind) {
@@ -178,6 +186,8 @@ const char* SignalKindName(SignalKind kind) {
       return "queue_depth";
     case SignalKind::kQueuedPromptTokens:
       return "queued_prompt_tokens";
+    case SignalKind::kQueueWait:
+      return "queue_wait";
     case SignalKind::kKvUsage:
       return "kv_usage";
     case SignalKind::kTtftP95:

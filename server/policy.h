@@ -47,6 +47,7 @@ struct PolicyWindow {
 enum class SignalKind {
   kQueueDepth,          // requests waiting
   kQueuedPromptTokens,  // prompt tokens waiting
+  kQueueWait,           // ms that a request which came now would wait, as foretold
   kKvUsage,             // KV blocks in use, 1 is all
   kTtftP95,             // ms
   kItlP95,              // ms
@@ -77,6 +78,11 @@ struct Policy {
   // `signals` and those that follow from the objectives.
   std::vector<PolicySignal> AllSignals() const;
 };
+
+// What a signal without a reference of its own is held against: its objective. Foretold waits are
+// held against a third of the time promised for the first token: the prompt and the time that fewer
+// bits need to shorten a queue must fit too, so that bits come down before a promise is broken.
+std::optional<double> ReferenceOf(SignalKind kind, const LatencyObjectives& slo);
 
 // "queue_depth" and so on, as in policy files.
 const char* SignalKindName(SignalKind kind);

@@ -13,8 +13,9 @@ namespace mobi {
 namespace {
 
 constexpr SignalKind kSignalKinds[] = {SignalKind::kQueueDepth, SignalKind::kQueuedPromptTokens,
-                                       SignalKind::kKvUsage,    SignalKind::kTtftP95,
-                                       SignalKind::kItlP95,     SignalKind::kPromql};
+                                       SignalKind::kQueueWait,  SignalKind::kKvUsage,
+                                       SignalKind::kTtftP95,    SignalKind::kItlP95,
+                                       SignalKind::kPromql};
 
 // What policies that name no signals react to.
 std::vector<PolicySignal> DefaultSignals() {
@@ -94,13 +95,6 @@ absl::StatusOr<SignalKind> ParseKind(const YamlMap& map) {
   return map.Error("kind", "must be one of " + known);
 }
 
-// The objective that a latency signal without a reference of its own is held against.
-std::optional<double> ObjectiveOf(SignalKind kind, const LatencyObjectives& slo) {
-  if (kind == SignalKind::kTtftP95) return slo.ttft_p95_ms;
-  if (kind == SignalKind::kItlP95) return slo.itl_p95_ms;
-  return std::nullopt;
-}
-
 absl::StatusOr<PolicySignal> ParseSignal(const YamlNode& node, const std::string& file,
                                          const std::string& path, const LatencyObjectives& slo) {
   MOBI_ASSIGN_OR_RETURN(YamlMap map, YamlMap::Of(node, file, path,
@@ -109,11 +103,11 @@ absl::StatusOr<PolicySignal> ParseSignal(const YamlNode& node, const std::string
   PolicySignal signal;
   MOBI_ASSIGN_OR_RETURN(signal.kind, ParseKind(map));
   MOBI_ASSIGN_OR_RETURN(signal.name, map.StringOr("name", SignalKindName(signal.kind)));
-  const std::optional<double> objective = ObjectiveOf(signal.kind, slo);
-  if (map.Has("reference") || !objective) {
+  const std::optional<double> reference = ReferenceOf(signal.kind, slo);
+  if (map.Has("reference") || !reference) {
     MOBI_ASSIGN_OR_RETURN(signal.reference, map.Number("reference"));
   } else {
-    signal.reference = *objective;
+    signal.reference = *reference;
   }
   if (signal.kind != SignalKind::kPromql) {
     for (const char* key : {"query", "timeout", "max_age", "default_pressure"}) {

@@ -53,6 +53,8 @@ double SignalReader::Value(SignalKind kind) const {
       return stats_.waiting_requests;
     case SignalKind::kQueuedPromptTokens:
       return static_cast<double>(stats_.waiting_tokens);
+    case SignalKind::kQueueWait:
+      return 1e3 * stats_.expected_wait_seconds;
     case SignalKind::kKvUsage:
       if (stats_.num_kv_blocks == 0) return 0;
       return 1 - static_cast<double>(stats_.free_kv_blocks) / stats_.num_kv_blocks;

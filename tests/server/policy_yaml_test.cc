@@ -57,12 +57,14 @@ TEST(ParsePolicy, ReadsTheWholeSchema) {
   EXPECT_EQ(policy.signals[2].query, "avg(DCGM_FI_DEV_GPU_UTIL)");
   EXPECT_EQ(policy.signals[2].timeout, std::chrono::milliseconds(500));
   EXPECT_EQ(policy.signals[2].max_age, std::chrono::seconds(30));
-  // Objectives are signals too.
+  // Objectives are signals too, and the first token's is foretold as well.
   const std::vector<PolicySignal> all = policy.AllSignals();
-  ASSERT_EQ(all.size(), 5u);
-  EXPECT_EQ(all[3].name, "ttft_p95");
-  EXPECT_EQ(all[3].reference, 500);
-  EXPECT_EQ(all[4].name, "itl_p95");
+  ASSERT_EQ(all.size(), 6u);
+  EXPECT_EQ(all[3].name, "queue_wait");
+  EXPECT_DOUBLE_EQ(all[3].reference, 500.0 / 3);
+  EXPECT_EQ(all[4].name, "ttft_p95");
+  EXPECT_EQ(all[4].reference, 500);
+  EXPECT_EQ(all[5].name, "itl_p95");
 }
 
 TEST(ParsePolicy, LeavesMostThingsOut) {
@@ -79,13 +81,30 @@ TEST(ParsePolicy, LeavesMostThingsOut) {
 TEST(ParsePolicy, ASignalOfItsOwnMayUndercutTheObjective) {
   const auto policy = ParsePolicy(
       "slo: {ttft_p95_ms: 500, itl_p95_ms: 50}\nwindows: [{name: all}]\n"
-      "signals: [{kind: ttft_p95, reference: 300}, {kind: itl_p95}]",
+      "signals: [{kind: ttft_p95, reference: 300}, {kind: itl_p95},\n"
+      "          {kind: queue_depth, name: queue_wait, reference: 2}]",
       "p");
   ASSERT_TRUE(policy.ok()) << policy.status();
   const std::vector<PolicySignal> all = policy->AllSignals();
-  ASSERT_EQ(all.size(), 2u);
+  ASSERT_EQ(all.size(), 3u);  // no second one of the same name
   EXPECT_EQ(all[0].reference, 300);
   EXPECT_EQ(all[1].reference, 50);
+  EXPECT_EQ(all[2].kind, SignalKind::kQueueDepth);
+}
+
+TEST(ParsePolicy, AForetoldWaitIsHeldAgainstAThirdOfTheObjective) {
+  const auto reference = [](const std::string& signal) {
+    const auto policy = ParsePolicy(
+        "slo: {ttft_p95_ms: 600}\nwindows: [{name: all}]\n"
+        "signals: [{kind: queue_wait" +
+            signal + "}]",
+        "p");
+    EXPECT_TRUE(policy.ok()) << policy.status();
+    EXPECT_EQ(policy->AllSignals().size(), 2u);
+    return policy->signals[0].reference;
+  };
+  EXPECT_DOUBLE_EQ(reference(""), 200);
+  EXPECT_EQ(reference(", reference: 100"), 100);
 }
 
 TEST(ParsePolicy, WindowsBelowThreeBitsMustBeMeant) {
