@@ -4,17 +4,21 @@
 usage: trace_arms.py BIN_DIR MODEL_DIR TRACE_CSV [options]
 
 Arms: static 8 bits, static 4 bits and elastic between floor and ceiling, all with every slice in
-memory; elastic with slice residency; and that with the measured step-latency surface (when --surface
-names what `mobi-bench surface --out` wrote). Every arm gets the same arrivals. The trace is cut into
-segments, and each segment is played to all arms, one after another, before the next one, so that
-whatever else happens on the machine meets all of them. All servers stay up meanwhile.
+memory; elastic with slice residency; and elastic with the measured step-latency surface (when
+--surface names a file, which `mobi-bench surface` writes first where there is none). Every arm gets
+the same arrivals. The trace is cut into segments, and each segment is played to all arms, one after
+another, before the next one, so that whatever else happens on the machine meets all of them. All
+servers stay up meanwhile.
 
 The load: the trace is compressed in time until its busiest minute asks for --peak-load times what
 the server at 8 bits was just measured to serve of it.
 
+--score N forces N recorded texts of every arm through the model again, at the bits of each request,
+and adds perplexities.
+
 Long replays in pieces: give --out a file and run again with another --begin-s (and --compression as
-the first run printed it); requests add up in the file, and tables are of all of them. --score then
-forces the recorded texts through the model again at the bits of each request, and adds perplexities.
+the first run printed it); requests add up in the file, and tables are of all of them. --segments 0
+replays nothing, and tables are of what is there.
 """
 import argparse
 import collections
@@ -69,7 +73,7 @@ def replay(args, server, begin, duration, compression, out=None):
         for path in (out, recording):
             path.unlink(missing_ok=True)
         command += ["--csv", out, "--record", recording]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     if done.returncode != 0:
         sys.exit(f"mobi-load: {done.stderr.strip()}")
     rows = list(csv.DictReader(out.open())) if out else []
@@ -159,7 +163,7 @@ def arguments():
     parser.add_argument("trace")
     parser.add_argument("--begin-s", type=float, default=0)
     parser.add_argument("--duration-s", type=float, default=3500, help="of the trace's time")
-    parser.add_argument("--segments", type=int, default=5)
+    parser.add_argument("--segments", type=int, default=5, help="0: replay nothing")
     parser.add_argument("--peak-load", type=float, default=1.1)
     parser.add_argument("--compression", type=float, default=0, help="instead of --peak-load")
     parser.add_argument("--flood", type=float, default=200, help="compression to find the capacity")
@@ -168,14 +172,15 @@ def arguments():
     parser.add_argument("--slo-itl-ms", type=float, default=50)
     parser.add_argument("--floor", type=float, default=3)
     parser.add_argument("--queue-reference", type=float, default=8)
-    parser.add_argument("--surface", help="file that mobi-bench surface wrote")
+    parser.add_argument("--surface", type=pathlib.Path, help="file of mobi-bench surface")
+    parser.add_argument("--sequences", default="1,2,4,8", help="of a surface that is measured")
     parser.add_argument("--prompts", help="text file that prompts are cut from")
     parser.add_argument("--shared-prefix-tokens", type=int, default=0)
     parser.add_argument("--server-flag", action="append", default=[])
     parser.add_argument("--out", type=pathlib.Path,
                         help="file of requests and recordings; what is there is added to")
     parser.add_argument("--score", type=int, default=0, metavar="N",
-                        help="replay no trace, score N requests an arm of what --out has")
+                        help="then score N requests an arm")
     return parser.parse_args()
 
 
@@ -185,6 +190,20 @@ def elastic_flags(args):
     if args.surface:
         arms["elastic with surface"] = ["--surface", args.surface]
     return arms
+
+
+def measure_surface(args):
+    subprocess.run([args.bin_dir / "mobi-bench", "surface", "--model", args.model_dir, "--bits",
+                    "2,3,4,6,8", "--sequences", args.sequences, "--context", "64", "--out",
+                    args.surface], check=True, stdout=subprocess.DEVNULL)
+    points = json.loads(args.surface.read_text())["points"]
+    times = {(p["tokens"], p["bits"]): p["milliseconds"] for p in points}
+    bits = sorted({b for _, b in times})
+    print("| ms a step | " + " | ".join(f"{b:g} bits" for b in bits) + " |\n" +
+          "| --- " * (1 + len(bits)) + "|")
+    for tokens in sorted({t for t, _ in times}):
+        print(f"| {tokens:g} sequences | " +
+              " | ".join(f"{times[tokens, b]:.3f}" for b in bits) + " |", flush=True)
 
 
 def find_compression(args, servers):
@@ -229,7 +248,8 @@ def score(args, folder, results):
             path.write_text(arm["recording"])
             done = subprocess.run(
                 [args.bin_dir / "mobi-load", "--server", server.data, "--json", "--score", path,
-                 "--score_requests", str(args.score)], capture_output=True, text=True)
+                 "--score_requests", str(args.score)], capture_output=True, text=True,
+                check=False)
             if done.returncode != 0:
                 sys.exit(f"mobi-load: {done.stderr.strip()}")
             arm["score"] = json.loads(done.stdout)
@@ -239,11 +259,15 @@ def score(args, folder, results):
 def main():
     args = arguments()
     results = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
+    if args.surface and not args.surface.exists():
+        measure_surface(args)
     with tempfile.TemporaryDirectory() as temporary:
+        if args.segments:
+            replay_segments(args, pathlib.Path(temporary), results)
+        if args.out:  # before scoring, which may be stopped
+            args.out.write_text(json.dumps(results))
         if args.score:
             score(args, pathlib.Path(temporary), results)
-        else:
-            replay_segments(args, pathlib.Path(temporary), results)
     if args.out:
         args.out.write_text(json.dumps(results))
     summaries = [summarise(name, arm) for name, arm in results.items()]
