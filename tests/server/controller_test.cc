@@ -201,7 +201,8 @@ TEST_F(ControllerTest, ASystemClockThatJumpsAnHourMovesNoWindow) {
   // The clock begins at midnight.
   const auto policy = ParsePolicy(
       "windows:\n"
-      "  - {name: night, cron: \"0 0 * * *\", duration: 40m, floor_bits: 4, ceiling_bits: 4}\n"
+      "  - {name: night, cron: \"0 0 * * *\", duration: 40m, time_zone: UTC, floor_bits: 4, "
+      "ceiling_bits: 4}\n"
       "  - {name: day, floor_bits: 7, ceiling_bits: 7}\n",
       "p");
   ASSERT_TRUE(policy.ok()) << policy.status();
