@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "calibrator/bits_aim.h"
 #include "calibrator/eval_session.h"
 #include "engine/base/status_macros.h"
 #include "engine/engine.h"
@@ -46,26 +47,30 @@ absl::StatusOr<EvaluateResult> EvaluateAt(Engine& engine, const EvaluateOptions&
   result.target_bits = bits;
   result.windows = windows;
   std::vector<std::unique_ptr<ScoreSink>> sinks(static_cast<size_t>(windows));
+  const int in_flight = WindowsInFlight(options);
+  BitsAim aim(bits, in_flight);
+  std::vector<float> asked(sinks.size(), bits);
   absl::Status status;
   double bits_sum = 0;
   const auto collect = [&](int64_t i) {
     const RequestEnd end = sinks[i]->Wait();
     if (status.ok()) status = end.status;
     bits_sum += end.mean_effective_bits;
+    aim.Saw(asked[i], end.mean_effective_bits);
     for (const float logprob : sinks[i]->logprobs()) result.nll -= logprob;
     result.predicted_tokens += static_cast<int64_t>(sinks[i]->logprobs().size());
     sinks[i].reset();
   };
-  engine.SetPrecision({bits});
-  const int in_flight = WindowsInFlight(options);
   int64_t submitted = 0;
   for (int64_t next = 0; next < submitted || (submitted < windows && status.ok()); ++next) {
     // Windows side by side start together, so that a batch is as full as it can be.
     const int64_t end =
         options.coherent ? (next + in_flight) / in_flight * in_flight : next + in_flight;
     while (submitted < std::min(windows, end) && status.ok()) {
+      if (options.track_bits) asked[submitted] = aim.Next();
+      engine.SetPrecision({asked[submitted]});
       GenerationRequest request = WindowRequest(
-          options, ids.subspan(static_cast<size_t>(submitted) * window, window), bits);
+          options, ids.subspan(static_cast<size_t>(submitted) * window, window), asked[submitted]);
       sinks[submitted] = std::make_unique<ScoreSink>();
       auto id = engine.Submit(std::move(request), sinks[submitted].get());
       if (!id.ok()) {

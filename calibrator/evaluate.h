@@ -23,6 +23,9 @@ struct EvaluateOptions {
   std::vector<float> bits;  // targets; a float folder has one line whatever is asked
   bool coherent = false;
   int batch = 16;  // windows side by side in coherent mode
+  // Each window asks for what the ones before it missed the target by; otherwise all ask for the
+  // target and use what the price table gives.
+  bool track_bits = false;
   int window = 1024;
   int64_t skip = 0;   // windows passed over, so that a long text can be read in parts
   int64_t limit = 0;  // windows; 0: all that are left

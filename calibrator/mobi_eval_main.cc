@@ -29,6 +29,8 @@ ABSL_FLAG(std::vector<std::string>, bits, (std::vector<std::string>{"2", "3", "4
 ABSL_FLAG(std::string, mode, "token",
           "token: every token chooses its levels; coherent: the tokens of a step share them");
 ABSL_FLAG(int, batch, 16, "windows read side by side in coherent mode");
+ABSL_FLAG(bool, track_bits, false,
+          "correct what windows ask for, so that the text uses the average bits on the whole");
 ABSL_FLAG(int, window, 1024, "tokens in a window");
 ABSL_FLAG(int, skip, 0, "windows to pass over first");
 ABSL_FLAG(int, limit, 0, "windows or questions to read; 0: all");
@@ -157,6 +159,7 @@ absl::Status RunPerplexity(std::vector<float> bits) {
   }
   options.coherent = mode == "coherent";
   options.batch = absl::GetFlag(FLAGS_batch);
+  options.track_bits = absl::GetFlag(FLAGS_track_bits);
   options.window = absl::GetFlag(FLAGS_window);
   options.skip = absl::GetFlag(FLAGS_skip);
   options.limit = absl::GetFlag(FLAGS_limit);
@@ -171,7 +174,8 @@ absl::Status RunPerplexity(std::vector<float> bits) {
   nlohmann::json about = {{"model", options.model_dir},
                           {"data", options.data_path},
                           {"window", options.window},
-                          {"mode", mode}};
+                          {"mode", mode},
+                          {"track_bits", options.track_bits}};
   if (options.coherent) about["batch"] = options.batch;
   return Report(Evaluate(options, RealClock(),
                          [&](const EvaluateResult& result) {
