@@ -33,15 +33,15 @@ TEST(MultipleChoiceTest, ReadsQuestionsAndNamesMistakes) {
   EXPECT_EQ(message(""), "q.jsonl: no questions");
 }
 
-// The golden file was made with transformers: the same questions, every choice's log probability as
+// Golden files were made with transformers: the same questions, every choice's log probability as
 // lm-eval sums it.
-TEST(MultipleChoiceTest, AgreesWithTransformersOnTheDemoModel) {
+void ExpectGolden(const std::string& model_dir, const std::string& golden_file) {
   const std::string data = std::string(MOBI_SOURCE_DIR) + "/tests/testdata/";
-  std::ifstream in(data + "choices_golden.json");
+  std::ifstream in(data + golden_file);
   ASSERT_TRUE(in.good());
   const nlohmann::json golden = nlohmann::json::parse(in);
   ChoiceOptions options;
-  options.model_dir = std::string(MOBI_SOURCE_DIR) + "/deploy/demo/model";
+  options.model_dir = model_dir;
   options.data_path = data + "choices.jsonl";
   options.num_threads = 2;
   const auto results = EvaluateChoices(options, RealClock(), [](const ChoiceResult&) {});
@@ -60,6 +60,16 @@ TEST(MultipleChoiceTest, AgreesWithTransformersOnTheDemoModel) {
   }
   EXPECT_NEAR(result.acc, golden["acc"].get<double>(), 1e-9);
   EXPECT_NEAR(result.acc_norm, golden["acc_norm"].get<double>(), 1e-9);
+}
+
+TEST(MultipleChoiceTest, AgreesWithTransformersOnTheDemoModel) {
+  ExpectGolden(std::string(MOBI_SOURCE_DIR) + "/deploy/demo/model", "choices_golden.json");
+}
+
+TEST(MultipleChoiceTest, AgreesWithTransformersOnTheReferenceModel) {
+  const std::string model = std::string(MOBI_SOURCE_DIR) + "/../shared/data/wiki-llama";
+  if (!std::ifstream(model + "/config.json").good()) GTEST_SKIP() << "needs " << model;
+  ExpectGolden(model, "choices_wiki_llama_golden.json");
 }
 
 TEST(MultipleChoiceTest, ChoicesBeyondTheContextAreNamed) {
