@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "calibrator/fit_journal.h"
 #include "calibrator/float_model.h"
 #include "calibrator/linear_algebra.h"
@@ -182,6 +183,13 @@ absl::Status Calibration::TuneBlocks() {
   options.seed = options_.seed;
   options.num_threads = options_.num_threads;
   if (options.steps == 0) return absl::OkStatus();
+  const double gib = TuningGib(model_.config(), options);
+  if (gib > options.max_memory_gib) {
+    progress_.Advance(TuningUnits(), absl::StrFormat("no tuning: it would need %.0f GiB, "
+                                                     "tuning.max_memory_gib is %d",
+                                                     std::ceil(gib), options.max_memory_gib));
+    return absl::OkStatus();
+  }
   const auto on_step = [&](int step, double kl) {
     progress_.Advance(
         TuningUnits() / options.steps,

@@ -76,6 +76,7 @@ void VisitRecipe(Recipe& recipe, Visitor&& visit) {
   visit("routing.price_tokens", routing.price_tokens, 1, 1 << 20);
   visit("routing.byte_share", routing.byte_share, 0, 1);
   visit("routing.byte_share_bits", routing.byte_share_bits, 2, 8);
+  visit("tuning.max_memory_gib", tuning.max_memory_gib, 0, 1 << 20);
   visit("routing.max_hidden", routing.max_hidden, 1, kMaxRouterHidden);
   visit("routing.level_shares", routing.samples.level_shares, 0, 1);
   visit("routing.epochs", routing.training.epochs, 1, 100000);

@@ -10,6 +10,7 @@
 #include "calibrator/mixed_linear.h"
 #include "calibrator/parallel.h"
 #include "calibrator/routing_samples.h"
+#include "calibrator/simd.h"
 #include "calibrator/vector_math.h"
 #include "engine/base/status_macros.h"
 
@@ -61,7 +62,19 @@ class PairTrainer {
   std::vector<std::array<Moments, 2>> moments_;
 };
 
-// Gradients of one sequence: [layer][group][level - 1][pair].
+// By range: the centred fraction of the code; by centre: one.
+MOBI_VECTORIZED void AddGroup(const uint8_t* codes, const float* d, int shift, float scale,
+                              float* gradient) {
+  float by_range = 0, by_centre = 0;
+  for (int j = 0; j < kGroupSize; ++j) {
+    by_range += d[j] * ((static_cast<float>(codes[j] >> shift) + 0.5f) * scale - 0.5f);
+    by_centre += d[j];
+  }
+  gradient[0] += by_range;
+  gradient[1] += by_centre;
+}
+
+// Gradients of one window: [layer][group][level - 1][pair].
 using PairGradients = std::vector<
     std::array<std::array<std::vector<std::array<float, 2>>, kNumLevels>, kNumLinearGroups>>;
 
@@ -73,8 +86,9 @@ class ScaleTuner {
         ids_(ids),
         seq_len_(seq_len),
         length_(std::min<int64_t>(options.positions, seq_len)),
-        num_sequences_(std::min(static_cast<int64_t>(ids.size()) / seq_len,
-                                int64_t{options.steps} * options.batch)),
+        num_sequences_(static_cast<int64_t>(ids.size()) / seq_len),
+        num_windows_(
+            std::min(num_sequences_ * (seq_len / length_), int64_t{options.steps} * options.batch)),
         options_(options),
         blocks_(blocks),
         segments_(SegmentRows(model.config())) {}
@@ -84,10 +98,12 @@ class ScaleTuner {
  private:
   // The float model's answers and what tuning needs of each block.
   absl::Status LoadBlocks();
-  absl::Span<const int32_t> IdsOf(int64_t sequence) const {
-    return ids_.subspan(static_cast<size_t>(sequence * seq_len_), static_cast<size_t>(length_));
+  // The first window of every sequence, then the second of every one, and so on.
+  absl::Span<const int32_t> IdsOf(int64_t window) const {
+    const int64_t first = window % num_sequences_ * seq_len_ + window / num_sequences_ * length_;
+    return ids_.subspan(static_cast<size_t>(first), static_cast<size_t>(length_));
   }
-  double RunSequence(int64_t sequence, uint64_t draw, bool pure, PairGradients& gradients) const;
+  double RunWindow(int64_t window, uint64_t draw, bool pure, PairGradients& gradients) const;
   void AddGradients(int layer, int group, ConstMatrixView x, ConstMatrixView d_out,
                     const std::vector<uint8_t>& levels, PairGradients& gradients) const;
   void Step(const std::vector<PairGradients>& gradients, float rate, int step);
@@ -101,12 +117,13 @@ class ScaleTuner {
   const FloatModel& model_;
   const absl::Span<const int32_t> ids_;
   const int64_t seq_len_;
-  const int64_t length_;         // tokens read of a sequence
-  const int64_t num_sequences_;  // that are ever read
+  const int64_t length_;  // tokens of a window
+  const int64_t num_sequences_;
+  const int64_t num_windows_;  // that are ever read
   const ScaleTuningOptions& options_;
   std::vector<FittedBlock>& blocks_;
   const std::array<std::vector<int64_t>, kNumLinearGroups> segments_;
-  Matrix float_hidden_;                // behind the last block, [num_sequences_ * length_, hidden]
+  Matrix float_hidden_;                // behind the last block, [num_windows_ * length_, hidden]
   std::vector<BlockWeights> weights_;  // for their norms
   std::vector<std::vector<MixedLinear>> mixed_;
   std::vector<std::array<std::vector<PairTrainer>, kNumLinearGroups>> trainers_;
@@ -114,15 +131,15 @@ class ScaleTuner {
 
 absl::Status ScaleTuner::LoadBlocks() {
   const BlockContext context{model_.config(), model_.rope(), length_};
-  float_hidden_ = Matrix(num_sequences_ * length_, model_.config().hidden_size);
-  const auto sequence_of = [&](int64_t i) {
+  float_hidden_ = Matrix(num_windows_ * length_, model_.config().hidden_size);
+  const auto window_of = [&](int64_t i) {
     return MatrixView(float_hidden_).Rows(i * length_, length_);
   };
-  for (int64_t i = 0; i < num_sequences_; ++i) model_.Embed(IdsOf(i), sequence_of(i));
+  for (int64_t i = 0; i < num_windows_; ++i) model_.Embed(IdsOf(i), window_of(i));
   for (int layer = 0; layer < model_.num_layers(); ++layer) {
     MOBI_ASSIGN_OR_RETURN(BlockWeights weights, model_.LoadBlock(layer));
-    ParallelFor(options_.num_threads, num_sequences_,
-                [&](int64_t i) { ForwardBlock(context, weights, sequence_of(i)); });
+    ParallelFor(options_.num_threads, num_windows_,
+                [&](int64_t i) { ForwardBlock(context, weights, window_of(i)); });
     for (Matrix& linear : weights.linear) linear = Matrix(linear.rows(), 0);
     weights_.push_back(std::move(weights));
     auto& mixed = mixed_.emplace_back();
@@ -137,7 +154,6 @@ absl::Status ScaleTuner::LoadBlocks() {
   return absl::OkStatus();
 }
 
-// By range: the centred fraction of the code; by centre: one.
 void ScaleTuner::AddGradients(int layer, int group, ConstMatrixView x, ConstMatrixView d_out,
                               const std::vector<uint8_t>& levels, PairGradients& gradients) const {
   const NestedWeight& weight = blocks_[layer].linear[group];
@@ -149,22 +165,19 @@ void ScaleTuner::AddGradients(int layer, int group, ConstMatrixView x, ConstMatr
     const int shift = kSliceBits * (kNumLevels - level);
     const float scale = 1.0f / static_cast<float>(1 << BitsOfLevel(level));
     for (int64_t row = 0; row < weight.rows; ++row) {
-      const uint8_t* codes = weight.Codes(row);
-      const float* d = d_weight.Row(row);
-      for (int64_t j = 0; j < weight.cols; ++j) {
-        auto& pair = out[row * weight.groups() + j / kGroupSize];
-        pair[0] += d[j] * ((static_cast<float>(codes[j] >> shift) + 0.5f) * scale - 0.5f);
-        pair[1] += d[j];
+      for (int64_t g = 0; g < weight.groups(); ++g) {
+        AddGroup(weight.Codes(row) + g * kGroupSize, d_weight.Row(row) + g * kGroupSize, shift,
+                 scale, out[row * weight.groups() + g].data());
       }
     }
   }
 }
 
-double ScaleTuner::RunSequence(int64_t sequence, uint64_t draw, bool pure,
-                               PairGradients& gradients) const {
+double ScaleTuner::RunWindow(int64_t window, uint64_t draw, bool pure,
+                             PairGradients& gradients) const {
   const BlockContext context{model_.config(), model_.rope(), length_};
   Matrix hidden(length_, model_.config().hidden_size);
-  model_.Embed(IdsOf(sequence), hidden);
+  model_.Embed(IdsOf(window), hidden);
   std::vector<BlockTrace> traces(static_cast<size_t>(model_.num_layers()));
   std::vector<std::array<std::vector<uint8_t>, kNumLinearGroups>> levels(traces.size());
   std::array<double, kNumLevels> shares = options_.level_shares;
@@ -186,7 +199,7 @@ double ScaleTuner::RunSequence(int64_t sequence, uint64_t draw, bool pure,
   const int64_t vocab = model_.config().vocab_size;
   Matrix logits(length_, vocab), target(length_, vocab);
   model_.Logits(hidden, logits);
-  model_.Logits(ConstMatrixView(float_hidden_).Rows(sequence * length_, length_), target);
+  model_.Logits(ConstMatrixView(float_hidden_).Rows(window * length_, length_), target);
   const float scale = 1.0f / static_cast<float>(length_ * options_.batch);
   double kl = 0;
   for (int64_t t = 0; t < length_; ++t) {
@@ -238,9 +251,8 @@ absl::Status ScaleTuner::Run(const TuningCallback& on_step) {
     ParallelFor(options_.num_threads, options_.batch, [&](int64_t i) {
       const int64_t turn = int64_t{step} * options_.batch + i;
       const bool pure = options_.pure_every > 0 && turn % options_.pure_every == 0;
-      kl[i] =
-          RunSequence(turn % num_sequences_, options_.seed * 1000003 + static_cast<uint64_t>(turn),
-                      pure, gradients[i]);
+      kl[i] = RunWindow(turn % num_windows_, options_.seed * 1000003 + static_cast<uint64_t>(turn),
+                        pure, gradients[i]);
     });
     const float progress = static_cast<float>(step) / static_cast<float>(options_.steps);
     const float rate = options_.learning_rate * 0.5f * (1 + std::cos(3.14159265f * progress));
@@ -260,6 +272,20 @@ absl::Status ScaleTuner::Run(const TuningCallback& on_step) {
 }
 
 }  // namespace
+
+double TuningGib(const ModelConfig& config, const ScaleTuningOptions& options) {
+  double weights = 0, trace = 4.0 * config.hidden_size;
+  for (const RoutedGroup& group : RoutedGroupsOfLayer(config, 0)) {
+    for (const LinearShape& linear : group.linears) {
+      weights += static_cast<double>(linear.rows) * static_cast<double>(linear.cols);
+    }
+    trace += static_cast<double>(group.linears.front().cols);
+  }
+  trace += 3.0 * config.intermediate_size;
+  const double tokens = static_cast<double>(options.batch) * options.positions;
+  return config.num_hidden_layers * (kNumLevels * weights + tokens * trace) * sizeof(float) /
+         (1 << 30);
+}
 
 absl::Status TuneScales(const FloatModel& model, absl::Span<const int32_t> ids, int64_t seq_len,
                         const ScaleTuningOptions& options, const TuningCallback& on_step,

@@ -1,7 +1,8 @@
 // End-to-end tuning of a fitted model: codes stay, the (range, offset) pairs of chosen levels are
 // trained with Adam so that the model's output distribution nears the float model's (KL). It undoes
 // what fitting one linear at a time cannot see: errors that later layers could compensate. Needs
-// the whole model in memory in fp32, so it is for small models; deterministic for a seed.
+// every level of the whole model in memory in fp32, so it is for small models; deterministic for a
+// seed.
 #ifndef MOBI_CALIBRATOR_SCALE_TUNING_H_
 #define MOBI_CALIBRATOR_SCALE_TUNING_H_
 
@@ -19,23 +20,28 @@ namespace mobi {
 
 struct ScaleTuningOptions {
   int steps = 100;
-  int batch = 4;        // sequences in a step
-  int positions = 512;  // that are read of each sequence, from its start
+  int batch = 4;        // windows in a step
+  int positions = 512;  // tokens of a window; a sequence holds as many as fit
   float learning_rate =
       5e-3f;  // of a range, relative to it; of a centre, relative to a step of level 1
-  // Levels that are trained, and how often a token reads each level while they are. A sequence in
+  // Levels that are trained, and how often a token reads each level while they are. A window in
   // every `pure_every` reads the lowest trained level throughout; 0: none.
   std::array<bool, kNumLevels> train = {true, false, false, false};
   std::array<double, kNumLevels> level_shares = {0.6, 0.25, 0.1, 0.05};
   int pure_every = 4;
+  int max_memory_gib = 32;  // models that would need more are not tuned
   uint64_t seed = 1;
   int num_threads = 1;
 };
 
+// What tuning holds, near enough: four levels of every linear, and the traces of a step's windows.
+double TuningGib(const ModelConfig& config, const ScaleTuningOptions& options);
+
 // Called after each step with the mean KL per token of its batch; an error ends the tuning.
 using TuningCallback = std::function<absl::Status(int step, double kl)>;
 
-// `ids`: sequences of `seq_len` tokens, taken in turn. Updates the pairs in `blocks`.
+// `ids`: sequences of `seq_len` tokens, whose windows are taken in turn. Updates the pairs in
+// `blocks`.
 absl::Status TuneScales(const FloatModel& model, absl::Span<const int32_t> ids, int64_t seq_len,
                         const ScaleTuningOptions& options, const TuningCallback& on_step,
                         std::vector<FittedBlock>& blocks);

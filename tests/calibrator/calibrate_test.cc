@@ -113,6 +113,23 @@ TEST_F(CalibrateTest, WhatIsWrittenIsServedAndNearsTheFloatModelWithBits) {
   EXPECT_LT(gap(3), 0.05);
 }
 
+// The fitted pairs are served as they are, and whoever looks at the progress is told.
+TEST_F(CalibrateTest, ModelsTooLargeToTuneAreNotTuned) {
+  MakeModel();
+  CalibrateOptions plain = Options("plain"), limited = Options("limited");
+  plain.recipe.tuning.steps = 0;
+  ASSERT_TRUE(Run(plain).ok());
+  limited.recipe.tuning.max_memory_gib = 0;
+  std::FILE* progress = std::fopen(dir_.Sub("progress").c_str(), "w");
+  const absl::Status status = Calibrate(limited, RealClock(), progress, false);
+  std::fclose(progress);
+  ASSERT_TRUE(status.ok()) << status;
+  EXPECT_NE(ReadAll(dir_.Sub("progress")).find("no tuning: it would need 1 GiB"),
+            std::string::npos);
+  EXPECT_TRUE(ReadAll(dir_.Sub("plain") + "/model.safetensors") ==
+              ReadAll(dir_.Sub("limited") + "/model.safetensors"));
+}
+
 TEST_F(CalibrateTest, SameSeedSameCheckpoint) {
   MakeModel();
   ASSERT_TRUE(Run(Options("a")).ok());

@@ -73,5 +73,27 @@ TEST(ScaleTuningTest, NearsTheFloatModelAndKeepsCodesAndOtherLevels) {
   }
 }
 
+// Llama-3-8B is beyond what a host holds; wiki-llama's size is not.
+TEST(ScaleTuningTest, KnowsWhatItWouldNeed) {
+  ModelConfig config;
+  config.hidden_size = 4096;
+  config.intermediate_size = 14336;
+  config.num_hidden_layers = 32;
+  config.num_attention_heads = 32;
+  config.num_key_value_heads = 8;
+  config.head_dim = 128;
+  const ScaleTuningOptions options;
+  // 6.98e9 weights of the linears, four levels of four bytes; the rest are traces.
+  EXPECT_NEAR(TuningGib(config, options), 104 + 24, 8);
+  EXPECT_GT(TuningGib(config, options), options.max_memory_gib);
+  config.hidden_size = 512;
+  config.intermediate_size = 1408;
+  config.num_hidden_layers = 8;
+  config.num_attention_heads = 8;
+  config.num_key_value_heads = 4;
+  config.head_dim = 64;
+  EXPECT_LT(TuningGib(config, options), 2);
+}
+
 }  // namespace
 }  // namespace mobi
