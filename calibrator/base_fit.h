@@ -12,7 +12,12 @@
 
 namespace mobi {
 
+// How a block's ranges are found: by the search here, or learned as the paper learns them, which
+// leaves nothing for the later steps of a fit to do (learned_clipping.h).
+enum class BaseMethod { kSearch, kClipping };
+
 struct BaseFitOptions {
+  BaseMethod method = BaseMethod::kSearch;
   // How much a level's squared error counts beside level 1's. Errors fall sixteenfold from level to
   // level, so equal weights choose the range for level 1 alone and 1, 16, 256, 4096 for all alike.
   std::array<float, kNumLevels> level_weights = {1, 4, 16, 64};

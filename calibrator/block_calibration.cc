@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
 #include "calibrator/linear_algebra.h"
 #include "calibrator/parallel.h"
 #include "calibrator/statistics.h"
@@ -189,12 +190,41 @@ absl::StatusOr<FittingProblem> BlockPass::Problem(LinearGroup group) const {
   return problem;
 }
 
+// The paper's way: the base slice learns from what level 1 left of the inputs, the joint epochs
+// from the last stream's level.
+absl::StatusOr<FittedBlock> ClipBlock(const ModelConfig& config, const BlockWeights& weights,
+                                      const RopeValues& rope,
+                                      const BlockCalibrationOptions& options,
+                                      CalibrationStreams& streams, PartCallback on_part) {
+  const BlockContext context{config, rope, streams.seq_len};
+  Matrix target = streams.float_hidden;
+  ParallelFor(options.num_threads, target.rows() / streams.seq_len, [&](int64_t sequence) {
+    ForwardBlock(context, weights,
+                 MatrixView(target).Rows(sequence * streams.seq_len, streams.seq_len));
+  });
+  const double epochs = options.clipping.base_epochs + options.clipping.joint_epochs;
+  MOBI_ASSIGN_OR_RETURN(
+      FittedBlock fitted,
+      LearnClipping(context, weights, {streams.hidden.front(), streams.hidden.back(), target},
+                    options.clipping, [&](const std::string& epoch, double error) {
+                      return on_part(absl::StrCat(epoch, " error ", absl::SixDigits(error)),
+                                     1 / epochs);
+                    }));
+  AdvanceStreams(config, weights, rope, options, fitted, streams);
+  return fitted;
+}
+
 }  // namespace
 
 absl::StatusOr<FittedBlock> CalibrateBlock(const ModelConfig& config, const BlockWeights& weights,
                                            const RopeValues& rope,
                                            const BlockCalibrationOptions& options,
-                                           CalibrationStreams& streams, GroupCallback on_group) {
+                                           CalibrationStreams& streams, PartCallback on_part) {
+  const bool fixed = options.fixed.method != FixedMethod::kNone;
+  if (!fixed && options.fit.base.method == BaseMethod::kClipping) {
+    return ClipBlock(config, weights, rope, options, streams, on_part);
+  }
+  constexpr const char* kNames[] = {"qkv", "o", "gate_up", "down"};
   BlockPass pass(config, weights, rope, options, streams);
   FittedBlock fitted;
   const NestedWeight* previous = nullptr;
@@ -203,11 +233,14 @@ absl::StatusOr<FittedBlock> CalibrateBlock(const ModelConfig& config, const Bloc
     pass.Advance(group, previous);
     MOBI_ASSIGN_OR_RETURN(const FittingProblem problem, pass.Problem(group));
     MOBI_ASSIGN_OR_RETURN(fitted.linear[g],
-                          options.fixed.method == FixedMethod::kNone
-                              ? FitLinear(problem, options.fit, options.num_threads)
-                              : FitFixedWidth(problem, options.fixed, options.num_threads));
+                          fixed ? FitFixedWidth(problem, options.fixed, options.num_threads)
+                                : FitLinear(problem, options.fit, options.num_threads));
+    const auto losses = LevelLosses(problem, fitted.linear[g], options.num_threads);
     MOBI_RETURN_IF_ERROR(
-        on_group(group, LevelLosses(problem, fitted.linear[g], options.num_threads)));
+        on_part(absl::StrCat(kNames[g], " loss ", absl::SixDigits(losses[0]), " ",
+                             absl::SixDigits(losses[1]), " ", absl::SixDigits(losses[2]), " ",
+                             absl::SixDigits(losses[3])),
+                1.0 / kNumLinearGroups));
     previous = &fitted.linear[g];
   }
   pass.Finish(*previous);

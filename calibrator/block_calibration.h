@@ -6,11 +6,13 @@
 #define MOBI_CALIBRATOR_BLOCK_CALIBRATION_H_
 
 #include <array>
+#include <string>
 #include <vector>
 
 #include "absl/functional/function_ref.h"
 #include "absl/status/statusor.h"
 #include "calibrator/fixed_width.h"
+#include "calibrator/learned_clipping.h"
 #include "calibrator/linear_fit.h"
 #include "calibrator/llama_block.h"
 
@@ -26,7 +28,8 @@ struct BlockCalibrationOptions {
   std::array<float, kNumLevels> level_weights = {1, 2.5f, 4, 8};
   double damping = 1e-2;
   LinearFitOptions fit;
-  FixedWidthOptions fixed;  // a baseline instead of `fit`
+  ClippingOptions clipping;  // where fit.base.method says so, instead of all of `fit`
+  FixedWidthOptions fixed;   // a baseline instead of either
   int num_threads = 1;
 };
 
@@ -37,18 +40,14 @@ struct CalibrationStreams {
   std::vector<Matrix> hidden;  // one per stream level
 };
 
-struct FittedBlock {
-  std::array<NestedWeight, kNumLinearGroups> linear;
-};
-
-// Called after each group with the group's losses per level; an error ends the calibration.
-using GroupCallback =
-    absl::FunctionRef<absl::Status(LinearGroup, const std::array<double, kNumLevels>&)>;
+// Called after each part of the work on a block with what it gave and its share of the whole; an
+// error ends the calibration.
+using PartCallback = absl::FunctionRef<absl::Status(const std::string& what, double share)>;
 
 absl::StatusOr<FittedBlock> CalibrateBlock(const ModelConfig& config, const BlockWeights& weights,
                                            const RopeValues& rope,
                                            const BlockCalibrationOptions& options,
-                                           CalibrationStreams& streams, GroupCallback on_group);
+                                           CalibrationStreams& streams, PartCallback on_part);
 
 // Takes the streams through a block that is fitted already, exactly as CalibrateBlock left them.
 void AdvanceStreams(const ModelConfig& config, const BlockWeights& weights, const RopeValues& rope,

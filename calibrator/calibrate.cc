@@ -78,6 +78,7 @@ class Calibration {
                                        CalibrationStreams& streams);
   absl::Status TuneBlocks();
   absl::Status FitLmHead();
+  RouterTrainingOptions RouterTraining() const;
   absl::Status TrainRouters();
   absl::Status WriteCheckpoint();
   absl::Status WriteBlock(int layer, CheckpointWriter& writer);
@@ -137,6 +138,9 @@ bool Calibration::LoadBlocks(std::string_view stage) {
 absl::Status Calibration::FitBlocks() {
   BlockCalibrationOptions options = options_.recipe.blocks;
   options.num_threads = options_.num_threads;
+  options.clipping.gates = options_.recipe.routing.gates;
+  options.clipping.gate_sequences = options_.recipe.routing.sequences;
+  options.clipping.gate_training = RouterTraining();
   CalibrationStreams streams;
   streams.seq_len = seq_len_;
   const int64_t tokens = num_fit_sequences() * seq_len_;
@@ -164,16 +168,12 @@ absl::StatusOr<FittedBlock> Calibration::FitBlock(int layer, const BlockCalibrat
     progress_.Advance(1, name + " was fitted before");
     return *std::move(saved);
   }
-  const auto on_group = [&](LinearGroup group, const std::array<double, kNumLevels>& losses) {
-    constexpr const char* kNames[] = {"qkv", "o", "gate_up", "down"};
-    progress_.Advance(1.0 / kNumLinearGroups,
-                      absl::StrCat(name, " ", kNames[static_cast<int>(group)], " loss ",
-                                   absl::SixDigits(losses[0]), " ", absl::SixDigits(losses[1]), " ",
-                                   absl::SixDigits(losses[2]), " ", absl::SixDigits(losses[3])));
+  const auto on_part = [&](const std::string& what, double share) {
+    progress_.Advance(share, absl::StrCat(name, " ", what));
     return CheckInterrupt();
   };
   MOBI_ASSIGN_OR_RETURN(FittedBlock block, CalibrateBlock(model_.config(), weights, model_.rope(),
-                                                          options, streams, on_group));
+                                                          options, streams, on_part));
   MOBI_RETURN_IF_ERROR(journal_.Save(kFitted, layer, block));
   return block;
 }
@@ -245,16 +245,22 @@ absl::Status Calibration::WriteBlock(int layer, CheckpointWriter& writer) {
   return absl::OkStatus();
 }
 
+RouterTrainingOptions Calibration::RouterTraining() const {
+  const RoutingOptions& routing = options_.recipe.routing;
+  RouterTrainingOptions training = routing.training;
+  training.seed = options_.seed;
+  training.num_hidden = RouterHiddenUnits(model_.config(), routing.byte_share_bits,
+                                          routing.byte_share, routing.max_hidden);
+  return training;
+}
+
 absl::Status Calibration::TrainRouters() {
   const RoutingOptions& routing = options_.recipe.routing;
   routers_.resize(static_cast<size_t>(model_.num_layers()));
   RoutingSampleOptions sampling = routing.samples;
   sampling.seed = options_.seed;
   sampling.num_threads = options_.num_threads;
-  RouterTrainingOptions training = routing.training;
-  training.seed = options_.seed;
-  training.num_hidden = RouterHiddenUnits(model_.config(), routing.byte_share_bits,
-                                          routing.byte_share, routing.max_hidden);
+  const RouterTrainingOptions training = RouterTraining();
   const auto on_layer = [&](int layer,
                             std::array<RoutingSamples, kNumLinearGroups>& samples) -> absl::Status {
     const auto groups = RoutedGroupsOfLayer(model_.config(), layer);

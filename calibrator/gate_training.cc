@@ -13,7 +13,7 @@ namespace {
 constexpr int kNumGates = kNumLevels - 1;
 // The levels' losses are steep exponentials of the gates, so that the cheapest level is the one
 // before the first gate that stays shut; the shift keeps them within what prices can be.
-constexpr float kSteepness = 3, kShift = -30, kNoLoss = -85;
+constexpr float kSteepness = 3, kShift = kGateLogPrice, kNoLoss = -85;
 
 // errors[token][level - 1] over all segments, relative to the mean at level 1.
 std::vector<std::array<float, kNumLevels>> RelativeErrors(const Matrix& errors) {

@@ -21,6 +21,9 @@ struct GateOptions {
   double first_temperature = 2, last_temperature = 0.1;
 };
 
+// The log price at which a slice is read exactly where its gate was trained to be open.
+inline constexpr double kGateLogPrice = -30;
+
 // A token reads slice e of every segment where the gates of slices 2 to e all exceed the threshold,
 // the log of the price of a byte up to a common shift and scale.
 RouterWeights TrainGates(const RoutingSamples& samples, const std::vector<SegmentCost>& costs,

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "calibrator/matrix.h"
+#include "engine/model.h"
 #include "kernels/bit_slice.h"
 
 namespace mobi {
@@ -47,6 +48,11 @@ struct NestedWeight {
   LevelScale Scale(int level, int64_t row, int64_t group) const {
     return scales[level - 1][row * groups() + group];
   }
+};
+
+// The linear groups of one decoder block.
+struct FittedBlock {
+  std::array<NestedWeight, kNumLinearGroups> linear;
 };
 
 // out[rows, cols] = W_level; `row` into `out` [cols].

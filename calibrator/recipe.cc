@@ -19,12 +19,16 @@ NLOHMANN_JSON_SERIALIZE_ENUM(FixedMethod, {{FixedMethod::kNone, "none"},
                                            {FixedMethod::kGptq, "gptq"},
                                            {FixedMethod::kLwc, "lwc"}})
 
+NLOHMANN_JSON_SERIALIZE_ENUM(BaseMethod,
+                             {{BaseMethod::kSearch, "search"}, {BaseMethod::kClipping, "clipping"}})
+
 NLOHMANN_JSON_SERIALIZE_ENUM(RoutingMethod,
                              {{RoutingMethod::kLosses, "losses"}, {RoutingMethod::kGates, "gates"}})
 
 namespace {
 
 constexpr const char* NamesOf(FixedMethod) { return "none, rtn, gptq or lwc"; }
+constexpr const char* NamesOf(BaseMethod) { return "search or clipping"; }
 constexpr const char* NamesOf(RoutingMethod) { return "losses or gates"; }
 
 // False when no method has that name.
@@ -46,9 +50,14 @@ void VisitRecipe(Recipe& recipe, Visitor&& visit) {
   visit("statistics.stream_levels", blocks.stream_levels, 1, kNumLevels);
   visit("statistics.float_from_level", blocks.float_from_level, 1, kNumLevels + 1);
   visit("statistics.damping", blocks.damping, 1e-8, 10);
+  visit("base.method", fit.base.method, 0, 0);
   visit("base.level_weights", fit.base.level_weights, 0, 1e9);
   visit("base.min_shrink", fit.base.min_shrink, 0.05, 1);
   visit("base.steps", fit.base.steps, 1, 1000);
+  visit("base.clip_base_epochs", blocks.clipping.base_epochs, 1, 100000);
+  visit("base.clip_joint_epochs", blocks.clipping.joint_epochs, 1, 100000);
+  visit("base.clip_learning_rate", blocks.clipping.learning_rate, 1e-9, 10);
+  visit("base.clip_gate_rounds", blocks.clipping.gate_rounds, 1, 1000);
   visit("baseline.method", blocks.fixed.method, 0, 0);
   visit("baseline.bits", blocks.fixed.bits, 2, 8);
   visit("baseline.lwc_steps", blocks.fixed.lwc_steps, 1, 100000);
@@ -67,6 +76,7 @@ void VisitRecipe(Recipe& recipe, Visitor&& visit) {
   visit("tuning.pure_every", tuning.pure_every, 0, 1000000);
   visit("lm_head.slices", recipe.lm_head.slices, 0, 1);
   visit("lm_head.min_level", recipe.lm_head.min_level, 1, kNumLevels);
+  visit("tuning.max_memory_gib", tuning.max_memory_gib, 0, 1 << 20);
   visit("routing.method", routing.method, 0, 0);
   visit("routing.gate_bits", routing.gates.bits, 2, 8);
   visit("routing.gate_budget_weight", routing.gates.budget_weight, 0, 1e6);
@@ -76,7 +86,6 @@ void VisitRecipe(Recipe& recipe, Visitor&& visit) {
   visit("routing.price_tokens", routing.price_tokens, 1, 1 << 20);
   visit("routing.byte_share", routing.byte_share, 0, 1);
   visit("routing.byte_share_bits", routing.byte_share_bits, 2, 8);
-  visit("tuning.max_memory_gib", tuning.max_memory_gib, 0, 1 << 20);
   visit("routing.max_hidden", routing.max_hidden, 1, kMaxRouterHidden);
   visit("routing.level_shares", routing.samples.level_shares, 0, 1);
   visit("routing.epochs", routing.training.epochs, 1, 100000);
@@ -212,6 +221,16 @@ bool BaselineRecipe(std::string_view name, Recipe& recipe) {
   return true;
 }
 
+// The method as its paper has it: ranges learned on the block's output, gates, nothing else.
+Recipe PaperRecipe() {
+  Recipe recipe;
+  recipe.fit_sequences = 0;
+  recipe.blocks.fit.base.method = BaseMethod::kClipping;
+  recipe.tuning.steps = 0;
+  recipe.routing.method = RoutingMethod::kGates;
+  return recipe;
+}
+
 }  // namespace
 
 absl::StatusOr<Recipe> ParseRecipe(std::string_view yaml, const std::string& file) {
@@ -231,6 +250,7 @@ absl::StatusOr<Recipe> ParseRecipe(std::string_view yaml, const std::string& fil
 
 absl::StatusOr<Recipe> ReadRecipe(const std::string& path) {
   if (Recipe recipe; BaselineRecipe(path, recipe)) return recipe;
+  if (path == "paper") return PaperRecipe();
   MOBI_ASSIGN_OR_RETURN(const MappedFile file, MappedFile::Open(path, 1 << 20));
   return ParseRecipe(file.text(), path);
 }

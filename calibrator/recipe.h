@@ -47,7 +47,7 @@ struct Recipe {
 // The defaults, changed where `yaml` says so. INVALID_ARGUMENT: one line with file, line and key.
 absl::StatusOr<Recipe> ParseRecipe(std::string_view yaml, const std::string& file);
 // As ParseRecipe for the file at `path`; "rtn-B", "gptq-B" and "lwc-B" name the baselines of
-// fixed_width.h at B bits.
+// fixed_width.h at B bits, "paper" the method as published: learned clipping and gates.
 absl::StatusOr<Recipe> ReadRecipe(const std::string& path);
 
 // The whole recipe, nested by section.

@@ -13,9 +13,9 @@
 #include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/types/span.h"
-#include "calibrator/block_calibration.h"
 #include "calibrator/float_model.h"
 #include "calibrator/matrix.h"
+#include "calibrator/nested_weight.h"
 
 namespace mobi {
 

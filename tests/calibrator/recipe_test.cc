@@ -47,6 +47,16 @@ TEST(RecipeTest, BaselinesHaveNames) {
   }
 }
 
+TEST(RecipeTest, ThePapersRecipeHasAName) {
+  const auto paper = ReadRecipe("paper");
+  ASSERT_TRUE(paper.ok()) << paper.status();
+  const nlohmann::json json = RecipeToJson(*paper);
+  EXPECT_EQ(json["base"]["method"], "clipping");
+  EXPECT_EQ(json["routing"]["method"], "gates");
+  EXPECT_EQ(json["tuning"]["steps"], 0);
+  EXPECT_EQ(RecipeToJson(*ParseRecipe(json.dump(), "config.json")), json);
+}
+
 TEST(RecipeTest, MistakesAreNamedWithFileAndLine) {
   const auto message = [](const char* yaml) {
     return std::string(ParseRecipe(yaml, "r.yaml").status().message());
@@ -63,6 +73,7 @@ TEST(RecipeTest, MistakesAreNamedWithFileAndLine) {
             "r.yaml:1: statistics.damping must be within 1e-08 and 10");
   EXPECT_EQ(message("baseline: {method: awq}\n"),
             "r.yaml:1: baseline.method must be none, rtn, gptq or lwc");
+  EXPECT_EQ(message("base: {method: guess}\n"), "r.yaml:1: base.method must be search or clipping");
   EXPECT_EQ(message("routing: {method: random}\n"),
             "r.yaml:1: routing.method must be losses or gates");
   EXPECT_NE(message("a: [1\n"), "");

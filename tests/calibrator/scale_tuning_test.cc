@@ -38,7 +38,7 @@ TEST(ScaleTuningTest, NearsTheFloatModelAndKeepsCodesAndOtherLevels) {
   for (int layer = 0; layer < model->num_layers(); ++layer) {
     auto fitted =
         CalibrateBlock(model->config(), *model->LoadBlock(layer), model->rope(), options, streams,
-                       [](LinearGroup, const auto&) { return absl::OkStatus(); });
+                       [](const std::string&, double) { return absl::OkStatus(); });
     ASSERT_TRUE(fitted.ok()) << fitted.status();
     blocks.push_back(*std::move(fitted));
   }
