@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <memory>
 #include <random>
 
 #include "engine/checkpoint.h"
@@ -13,56 +14,72 @@ namespace {
 
 constexpr int64_t kSeqLen = 32, kSequences = 8;
 
-TEST(ScaleTuningTest, NearsTheFloatModelAndKeepsCodesAndOtherLevels) {
-  TempDir dir;
-  ASSERT_TRUE(WriteTestModel(dir.Sub("float")).ok());
-  const auto checkpoint = Checkpoint::Open(dir.Sub("float"), {});
-  ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
-  const auto model = FloatModel::Open(*checkpoint, kSeqLen);
-  ASSERT_TRUE(model.ok()) << model.status();
-
-  std::mt19937_64 random(3);
-  std::vector<int32_t> ids;
-  for (int64_t i = 0; i < kSequences * kSeqLen; ++i) {
-    ids.push_back(static_cast<int32_t>(random() % 256));
+class ScaleTuningTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    ASSERT_TRUE(WriteTestModel(dir_.Sub("float")).ok());
+    auto checkpoint = Checkpoint::Open(dir_.Sub("float"), {});
+    ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
+    checkpoint_ = std::make_unique<Checkpoint>(*std::move(checkpoint));
+    auto model = FloatModel::Open(*checkpoint_, kSeqLen);
+    ASSERT_TRUE(model.ok()) << model.status();
+    model_ = std::make_unique<FloatModel>(*std::move(model));
+    std::mt19937_64 random(3);
+    for (int64_t i = 0; i < kSequences * kSeqLen; ++i) {
+      ids_.push_back(static_cast<int32_t>(random() % 256));
+    }
+    CalibrationStreams streams;
+    streams.seq_len = kSeqLen;
+    streams.float_hidden = Matrix(kSequences * kSeqLen, model_->config().hidden_size);
+    model_->Embed(ids_, streams.float_hidden);
+    streams.hidden.assign(BlockCalibrationOptions().stream_levels.size(), streams.float_hidden);
+    BlockCalibrationOptions options;
+    options.fit.joint_codes = false;
+    options.fit.rounds = 0;
+    for (int layer = 0; layer < model_->num_layers(); ++layer) {
+      auto fitted =
+          CalibrateBlock(model_->config(), *model_->LoadBlock(layer), model_->rope(), options,
+                         streams, [](const std::string&, double) { return absl::OkStatus(); });
+      ASSERT_TRUE(fitted.ok()) << fitted.status();
+      blocks_.push_back(*std::move(fitted));
+    }
   }
-  CalibrationStreams streams;
-  streams.seq_len = kSeqLen;
-  streams.float_hidden = Matrix(kSequences * kSeqLen, model->config().hidden_size);
-  model->Embed(ids, streams.float_hidden);
-  streams.hidden.assign(BlockCalibrationOptions().stream_levels.size(), streams.float_hidden);
-  BlockCalibrationOptions options;
-  options.fit.joint_codes = false;
-  options.fit.rounds = 0;
-  std::vector<FittedBlock> blocks;
-  for (int layer = 0; layer < model->num_layers(); ++layer) {
-    auto fitted =
-        CalibrateBlock(model->config(), *model->LoadBlock(layer), model->rope(), options, streams,
-                       [](const std::string&, double) { return absl::OkStatus(); });
-    ASSERT_TRUE(fitted.ok()) << fitted.status();
-    blocks.push_back(*std::move(fitted));
+
+  // The blocks after tuning; every step's KL goes to `kl`.
+  std::vector<FittedBlock> Tuned(const ScaleTuningOptions& options, absl::Span<const int32_t> ids,
+                                 std::vector<double>& kl) const {
+    std::vector<FittedBlock> blocks = blocks_;
+    const absl::Status status = TuneScales(
+        *model_, ids, kSeqLen, options,
+        [&](int, double value) {
+          kl.push_back(value);
+          return absl::OkStatus();
+        },
+        blocks);
+    EXPECT_TRUE(status.ok()) << status;
+    return blocks;
   }
 
-  const std::vector<FittedBlock> before = blocks;
+  TempDir dir_;
+  std::unique_ptr<Checkpoint> checkpoint_;
+  std::unique_ptr<FloatModel> model_;
+  std::vector<int32_t> ids_;
+  std::vector<FittedBlock> blocks_;
+};
+
+TEST_F(ScaleTuningTest, NearsTheFloatModelAndKeepsCodesAndOtherLevels) {
   ScaleTuningOptions tuning;
   tuning.steps = 60;
   tuning.batch = 4;
   tuning.learning_rate = 1e-2f;
   std::vector<double> kl;
-  const absl::Status status = TuneScales(
-      *model, ids, kSeqLen, tuning,
-      [&](int, double value) {
-        kl.push_back(value);
-        return absl::OkStatus();
-      },
-      blocks);
-  ASSERT_TRUE(status.ok()) << status;
+  const std::vector<FittedBlock> after = Tuned(tuning, ids_, kl);
   ASSERT_EQ(kl.size(), 60u);
   EXPECT_GT(kl.front(), 0);
   EXPECT_LT(kl[58] + kl[59], 0.8 * (kl[0] + kl[1]));
-  for (size_t layer = 0; layer < blocks.size(); ++layer) {
+  for (size_t layer = 0; layer < after.size(); ++layer) {
     for (int g = 0; g < kNumLinearGroups; ++g) {
-      const NestedWeight &a = before[layer].linear[g], &b = blocks[layer].linear[g];
+      const NestedWeight &a = blocks_[layer].linear[g], &b = after[layer].linear[g];
       EXPECT_EQ(a.codes, b.codes);
       for (size_t i = 0; i < a.scales[0].size(); ++i) {
         EXPECT_EQ(b.scales[0][i].range, HalfToFloat(FloatToHalf(b.scales[0][i].range)));
@@ -73,8 +90,24 @@ TEST(ScaleTuningTest, NearsTheFloatModelAndKeepsCodesAndOtherLevels) {
   }
 }
 
+// The second windows of the sequences follow the first ones.
+TEST_F(ScaleTuningTest, ReadsEveryWindowOfEverySequence) {
+  std::vector<int32_t> changed = ids_;
+  for (int64_t i = kSeqLen / 2; i < kSeqLen; ++i) changed[i] = (changed[i] + 1) % 256;
+  ScaleTuningOptions tuning;
+  tuning.batch = 4;
+  tuning.positions = kSeqLen / 2;
+  tuning.steps = kSequences / tuning.batch + 1;
+  std::vector<double> kl, kl_of_changed;
+  Tuned(tuning, ids_, kl);
+  Tuned(tuning, changed, kl_of_changed);
+  EXPECT_EQ(kl[0], kl_of_changed[0]);
+  EXPECT_EQ(kl[1], kl_of_changed[1]);
+  EXPECT_NE(kl[2], kl_of_changed[2]);
+}
+
 // Llama-3-8B is beyond what a host holds; wiki-llama's size is not.
-TEST(ScaleTuningTest, KnowsWhatItWouldNeed) {
+TEST_F(ScaleTuningTest, KnowsWhatItWouldNeed) {
   ModelConfig config;
   config.hidden_size = 4096;
   config.intermediate_size = 14336;

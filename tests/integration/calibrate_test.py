@@ -5,6 +5,7 @@ process or a full disk, leaves no half checkpoint and is made good by the same c
 usage: calibrate_test.py BIN_DIR MODEL_DIR
 """
 import pathlib
+import re
 import resource
 import signal
 import subprocess
@@ -84,6 +85,10 @@ def check_interruptions(shop):
     whole = shop.run("whole")
     assert whole.returncode == 0, whole.stderr
     assert shop.left_of("whole") == ["whole"], shop.left_of("whole")
+    lines = whole.stderr.splitlines()
+    assert all(re.fullmatch(r" *\d+ %  .+, \d+\S*, \d+\S* left", line) for line in lines), lines
+    shares = [int(line.split()[0]) for line in lines]
+    assert shares == sorted(shares) and shares[-1] == 100, shares
     # Block 2's first group is reported, so block 1 is in the journal.
     code, lines = shop.stop_at("cut", "block 2/", signal.SIGKILL)
     assert code == -signal.SIGKILL, (code, lines)
