@@ -14,7 +14,7 @@ namespace mobi {
 
 inline constexpr float kMinBits = 2.0f;
 inline constexpr float kMaxBits = 8.0f;
-inline constexpr double kFloatBits = 16.0;  // what a float folder is reported at
+inline constexpr float kFloatBits = 16.0f;  // what a float folder is reported at
 
 // How one token is routed: see RoutingBatch.
 struct TokenPrecision {

@@ -3,14 +3,13 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "engine/base/status_macros.h"
+#include "engine/precision.h"
 #include "server/field_checks.h"
 #include "server/rpc_status.h"
 #include "server/version.h"
 
 namespace mobi {
 namespace {
-
-constexpr float kFloatBits = 16.0f;
 
 void Describe(const ModelConfig& config, int64_t num_parameters, v1::Architecture& out) {
   out.set_vocab_size(config.vocab_size);
