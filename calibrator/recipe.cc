@@ -221,12 +221,14 @@ bool BaselineRecipe(std::string_view name, Recipe& recipe) {
   return true;
 }
 
-// The method as its paper has it: ranges learned on the block's output, gates, nothing else.
+// The method as its paper has it: ranges learned on the block's output, gates, nothing else. The
+// price of gates is not in nats, as lm_head's losses are.
 Recipe PaperRecipe() {
   Recipe recipe;
   recipe.fit_sequences = 0;
   recipe.blocks.fit.base.method = BaseMethod::kClipping;
   recipe.tuning.steps = 0;
+  recipe.lm_head.slices = false;
   recipe.routing.method = RoutingMethod::kGates;
   return recipe;
 }

@@ -53,6 +53,7 @@ TEST(RecipeTest, ThePapersRecipeHasAName) {
   const nlohmann::json json = RecipeToJson(*paper);
   EXPECT_EQ(json["base"]["method"], "clipping");
   EXPECT_EQ(json["routing"]["method"], "gates");
+  EXPECT_EQ(json["lm_head"]["slices"], false);
   EXPECT_EQ(json["tuning"]["steps"], 0);
   EXPECT_EQ(RecipeToJson(*ParseRecipe(json.dump(), "config.json")), json);
 }
