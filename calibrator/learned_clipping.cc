@@ -245,6 +245,7 @@ void ClippingTrainer::TrainAllGates(const Matrix& input) {
     }
   }
   std::vector<RouterWeights> gates;
+  gates.reserve(kNumLinearGroups);
   for (int g = 0; g < kNumLinearGroups; ++g) {
     gates.push_back(TrainGates(samples[g], costs_[g], options_.gate_training, options_.gates));
   }

@@ -63,6 +63,7 @@ absl::StatusOr<Matrix> QuantizedHidden(const FloatModel& model,
   for (int layer = 0; layer < model.num_layers(); ++layer) {
     MOBI_ASSIGN_OR_RETURN(const BlockWeights weights, model.LoadBlock(layer));
     std::vector<MixedLinear> mixed;
+    mixed.reserve(kNumLinearGroups);
     for (int g = 0; g < kNumLinearGroups; ++g) {
       mixed.emplace_back(blocks[layer].linear[g], segments[g]);
     }

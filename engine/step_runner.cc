@@ -224,6 +224,7 @@ void StepRunner::LayOutLogitsLevels(const Layout& layout, StepResult& result) {
 void StepRunner::ChooseLogitsLevels(const int32_t* rows, int count, int num_coherent,
                                     uint8_t* levels) const {
   std::vector<TokenPrecision> precisions;
+  precisions.reserve(static_cast<size_t>(count));
   for (int i = 0; i < count; ++i) {
     precisions.push_back({buffers_.price.host[rows[i]], buffers_.min_level.host[rows[i]],
                           buffers_.max_level.host[rows[i]]});
