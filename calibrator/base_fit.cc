@@ -14,14 +14,6 @@ struct Group {
   const float* importance;
 };
 
-void Encode(const float* target, float lo, float range, uint8_t* codes) {
-  const float scale = 256.0f / range;
-  for (int j = 0; j < kGroupSize; ++j) {
-    const float q = std::clamp((target[j] - lo) * scale, 0.0f, 255.0f);
-    codes[j] = static_cast<uint8_t>(static_cast<int>(q));
-  }
-}
-
 // Weighted sum over levels of the error that each level's best pair leaves.
 MOBI_VECTORIZED float CandidateError(const float* target, const float* importance, float lo,
                                      float range, const float* level_weights) {
@@ -106,7 +98,7 @@ void FitBase(const FittingProblem& problem, const BaseFitOptions& options, int64
       const int64_t j = g * kGroupSize;
       const float* target = problem.weight.Row(row) + j;
       const Range range = SearchRange(target, problem.importance.data() + j, options);
-      Encode(target, range.lo, range.hi - range.lo, weight.Codes(row) + j);
+      EncodeGroup(target, {range.hi - range.lo, range.lo}, weight.Codes(row) + j);
     }
     FitRowDiagonal(problem.weight.Row(row), problem.importance.data(), row, weight);
   }

@@ -45,15 +45,6 @@ struct Clip {
   }
 };
 
-// The 8-bit codes of one group of weights.
-MOBI_VECTORIZED void EncodeGroup(const float* w, LevelScale pair, uint8_t* codes) {
-  const float scale = pair.range > 0 ? 256.0f / pair.range : 0.0f;
-  for (int j = 0; j < kGroupSize; ++j) {
-    const float q = std::clamp((w[j] - pair.offset) * scale, 0.0f, 255.0f);
-    codes[j] = static_cast<uint8_t>(static_cast<int>(q));
-  }
-}
-
 // By a range's ends, given d at the weights that `level` reads: within the range rounding counts as
 // if it were not there, beyond it a weight follows its end.
 MOBI_VECTORIZED void AddGroup(const float* w, const uint8_t* codes, const float* d, LevelScale pair,

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "calibrator/simd.h"
 #include "kernels/numeric.h"
 
 namespace mobi {
@@ -28,6 +29,14 @@ LevelScale RoundedScale(double range, double center) {
 NestedWeight::NestedWeight(int64_t rows, int64_t cols)
     : rows(rows), cols(cols), codes(static_cast<size_t>(rows * cols)) {
   for (auto& level : scales) level.resize(static_cast<size_t>(rows * groups()));
+}
+
+MOBI_VECTORIZED void EncodeGroup(const float* weights, LevelScale pair, uint8_t* codes) {
+  const float scale = pair.range > 0 ? 256.0f / pair.range : 0.0f;
+  for (int j = 0; j < kGroupSize; ++j) {
+    const float q = std::clamp((weights[j] - pair.offset) * scale, 0.0f, 255.0f);
+    codes[j] = static_cast<uint8_t>(static_cast<int>(q));
+  }
 }
 
 void DequantizeRow(const NestedWeight& weight, int64_t row, int level, float* out) {

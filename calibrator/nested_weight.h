@@ -55,6 +55,9 @@ struct FittedBlock {
   std::array<NestedWeight, kNumLinearGroups> linear;
 };
 
+// codes [kGroupSize] of one group of weights in the pair's range; those beyond it are its ends.
+void EncodeGroup(const float* weights, LevelScale pair, uint8_t* codes);
+
 // out[rows, cols] = W_level; `row` into `out` [cols].
 void DequantizeRow(const NestedWeight& weight, int64_t row, int level, float* out);
 Matrix Dequantize(const NestedWeight& weight, int level);
