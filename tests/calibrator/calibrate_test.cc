@@ -9,6 +9,8 @@
 #include <fstream>
 #include <random>
 #include <sstream>
+#include <utility>
+#include <vector>
 
 #include "calibrator/evaluate.h"
 #include "engine/checkpoint.h"
@@ -65,6 +67,22 @@ class CalibrateTest : public testing::Test {
     return status;
   }
 
+  EvaluateOptions Evaluation(const std::string& dir, std::vector<float> bits,
+                             int limit = 16) const {
+    EvaluateOptions evaluate;
+    evaluate.model_dir = dir_.Sub(dir);
+    evaluate.data_path = TextPath();
+    evaluate.window = 64;
+    evaluate.limit = limit;
+    evaluate.num_threads = 1;
+    evaluate.bits = std::move(bits);
+    return evaluate;
+  }
+
+  static absl::StatusOr<std::vector<EvaluateResult>> Evaluated(const EvaluateOptions& options) {
+    return Evaluate(options, RealClock(), [](const EvaluateResult&) {});
+  }
+
   // Nothing but the model and the text is left in the folder.
   void ExpectNothingWritten() const {
     for (const auto& entry : std::filesystem::directory_iterator(dir_.path())) {
@@ -86,22 +104,14 @@ TEST_F(CalibrateTest, WhatIsWrittenIsServedAndNearsTheFloatModelWithBits) {
   EXPECT_EQ(checkpoint->coherent_batch(), 4);
   EXPECT_EQ(checkpoint->quantization_config()["recipe"]["tuning"]["steps"], 4);
 
-  EvaluateOptions evaluate;
-  evaluate.model_dir = dir_.Sub("float");
-  evaluate.data_path = TextPath();
-  evaluate.window = 64;
-  evaluate.limit = 16;
-  evaluate.num_threads = 1;
-  const auto ignore = [](const EvaluateResult&) {};
-  const auto exact = Evaluate(evaluate, RealClock(), ignore);
+  const auto exact = Evaluated(Evaluation("float", {}));
   ASSERT_TRUE(exact.ok()) << exact.status();
   ASSERT_EQ(exact->size(), 1u);
   EXPECT_TRUE(exact->front().is_float);
   EXPECT_EQ(exact->front().predicted_tokens, 16 * 63);
 
-  evaluate.model_dir = dir_.Sub("out");
-  evaluate.bits = {2, 4, 5, 6, 8};
-  const auto results = Evaluate(evaluate, RealClock(), ignore);
+  const EvaluateOptions evaluate = Evaluation("out", {2, 4, 5, 6, 8});
+  const auto results = Evaluated(evaluate);
   ASSERT_TRUE(results.ok()) << results.status();
   const auto gap = [&](size_t i) { return std::abs((*results)[i].nll - exact->front().nll); };
   EXPECT_EQ((*results)[0].effective_bits, 2);
@@ -189,15 +199,8 @@ TEST_F(CalibrateTest, AnLmHeadInSlicesIsServedAndCostsLittleAtHighBits) {
   const std::array<float, kNumLevels> loss = checkpoint->lm_head()->loss;
   for (int k = 1; k < kNumLevels; ++k) EXPECT_LT(loss[k], loss[k - 1]) << k;
 
-  EvaluateOptions evaluate;
-  evaluate.data_path = TextPath();
-  evaluate.window = 64;
-  evaluate.limit = 16;
-  evaluate.num_threads = 1;
-  evaluate.bits = {2, 8};
   const auto nll = [&](const std::string& dir) {
-    evaluate.model_dir = dir_.Sub(dir);
-    const auto results = Evaluate(evaluate, RealClock(), [](const EvaluateResult&) {});
+    const auto results = Evaluated(Evaluation(dir, {2, 8}));
     EXPECT_TRUE(results.ok()) << results.status();
     return std::pair((*results)[0].nll, (*results)[1].nll);
   };
@@ -211,15 +214,8 @@ TEST_F(CalibrateTest, AnLmHeadInSlicesIsServedAndCostsLittleAtHighBits) {
 
 TEST_F(CalibrateTest, BaselinesAreServedByTheSamePath) {
   MakeModel();
-  EvaluateOptions evaluate;
-  evaluate.data_path = TextPath();
-  evaluate.window = 64;
-  evaluate.limit = 16;
-  evaluate.num_threads = 1;
-  evaluate.bits = {8};
   const auto nll = [&](const std::string& dir) {
-    evaluate.model_dir = dir_.Sub(dir);
-    const auto results = Evaluate(evaluate, RealClock(), [](const EvaluateResult&) {});
+    const auto results = Evaluated(Evaluation(dir, {8}));
     EXPECT_TRUE(results.ok()) << results.status();
     return results.ok() ? results->front().nll : 0;
   };
@@ -242,18 +238,11 @@ TEST_F(CalibrateTest, BaselinesAreServedByTheSamePath) {
 TEST_F(CalibrateTest, CoherentModeSharesLevelsAndMeetsTheEnds) {
   MakeModel();
   ASSERT_TRUE(Run(Options("out")).ok());
-  EvaluateOptions evaluate;
-  evaluate.model_dir = dir_.Sub("out");
-  evaluate.data_path = TextPath();
-  evaluate.window = 64;
-  evaluate.limit = 8;
-  evaluate.num_threads = 1;
-  evaluate.bits = {2, 5, 8};
-  const auto ignore = [](const EvaluateResult&) {};
-  const auto token = Evaluate(evaluate, RealClock(), ignore);
+  EvaluateOptions evaluate = Evaluation("out", {2, 5, 8}, /*limit=*/8);
+  const auto token = Evaluated(evaluate);
   evaluate.coherent = true;
   evaluate.batch = 4;
-  const auto coherent = Evaluate(evaluate, RealClock(), ignore);
+  const auto coherent = Evaluated(evaluate);
   ASSERT_TRUE(token.ok() && coherent.ok()) << token.status() << coherent.status();
   // At the ends every token reads the same level in either mode.
   for (const size_t i : {0, 2}) {
@@ -269,18 +258,13 @@ TEST_F(CalibrateTest, CoherentModeSharesLevelsAndMeetsTheEnds) {
 TEST_F(CalibrateTest, TrackedBitsMeetTheTargetOnTheWhole) {
   MakeModel();
   ASSERT_TRUE(Run(Options("out")).ok());
-  EvaluateOptions evaluate;
-  evaluate.model_dir = dir_.Sub("out");
-  evaluate.data_path = TextPath();
-  evaluate.window = 64;
-  evaluate.limit = 96;
+  EvaluateOptions evaluate = Evaluation("out", {2, 3.5f, 5}, /*limit=*/96);
   evaluate.num_threads = 2;
-  evaluate.bits = {2, 3.5f, 5};
   evaluate.track_bits = true;
   for (const bool coherent : {false, true}) {
     evaluate.coherent = coherent;
     evaluate.batch = 4;
-    const auto results = Evaluate(evaluate, RealClock(), [](const EvaluateResult&) {});
+    const auto results = Evaluated(evaluate);
     ASSERT_TRUE(results.ok()) << results.status();
     for (const EvaluateResult& result : *results) {
       EXPECT_NEAR(result.effective_bits, result.target_bits, 0.02) << coherent;

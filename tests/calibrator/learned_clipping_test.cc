@@ -3,34 +3,20 @@
 
 #include <gtest/gtest.h>
 
-#include <random>
-
-#include "calibrator/float_model.h"
 #include "calibrator/linear_algebra.h"
-#include "engine/checkpoint.h"
-#include "tests/engine/test_models.h"
+#include "tests/calibrator/float_model_fixture.h"
 
 namespace mobi {
 namespace {
 
 constexpr int64_t kSeqLen = 32, kSequences = 4;
 
-class LearnedClippingTest : public testing::Test {
+class LearnedClippingTest : public FloatModelTest {
  protected:
   void SetUp() override {
-    ASSERT_TRUE(WriteTestModel(dir_.Sub("float")).ok());
-    auto checkpoint = Checkpoint::Open(dir_.Sub("float"), {});
-    ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
-    checkpoint_ = std::make_unique<Checkpoint>(*std::move(checkpoint));
-    auto model = FloatModel::Open(*checkpoint_, kSeqLen);
-    ASSERT_TRUE(model.ok()) << model.status();
-    model_ = std::make_unique<FloatModel>(*std::move(model));
+    ASSERT_NO_FATAL_FAILURE(OpenModel(kSeqLen));
     weights_ = *model_->LoadBlock(0);
-    std::mt19937_64 random(3);
-    std::vector<int32_t> ids;
-    for (int64_t i = 0; i < kSequences * kSeqLen; ++i) {
-      ids.push_back(static_cast<int32_t>(random() % 256));
-    }
+    const std::vector<int32_t> ids = RandomIds(kSequences * kSeqLen);
     input_ = Matrix(kSequences * kSeqLen, model_->config().hidden_size);
     model_->Embed(ids, input_);
     target_ = input_;
@@ -75,9 +61,6 @@ class LearnedClippingTest : public testing::Test {
     return options;
   }
 
-  TempDir dir_;
-  std::unique_ptr<Checkpoint> checkpoint_;
-  std::unique_ptr<FloatModel> model_;
   BlockWeights weights_;
   Matrix input_, target_;
   std::vector<std::string> epochs_;

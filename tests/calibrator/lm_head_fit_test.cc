@@ -6,9 +6,8 @@
 #include <cmath>
 
 #include "calibrator/linear_algebra.h"
-#include "engine/checkpoint.h"
-#include "random_matrix.h"
-#include "tests/engine/test_models.h"
+#include "tests/calibrator/float_model_fixture.h"
+#include "tests/calibrator/random_matrix.h"
 
 namespace mobi {
 namespace {
@@ -63,19 +62,13 @@ TEST(LogitDivergenceTest, EqualLogitsAndEqualShiftsLoseNothing) {
   EXPECT_GE(divergence.Mean(), 0);
 }
 
-class LmHeadFitTest : public testing::Test {
+class LmHeadFitTest : public FloatModelTest {
  protected:
   void SetUp() override {
     TestModelOptions options;
     options.tie_word_embeddings = false;
     options.vocab_size = 8192 + 330;  // two pieces, the last of no whole tiles
-    ASSERT_TRUE(WriteTestModel(dir_.Sub("float"), options).ok());
-    auto checkpoint = Checkpoint::Open(dir_.Sub("float"), {});
-    ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
-    checkpoint_ = std::make_unique<Checkpoint>(*std::move(checkpoint));
-    auto model = FloatModel::Open(*checkpoint_, 64);
-    ASSERT_TRUE(model.ok()) << model.status();
-    model_ = std::make_unique<FloatModel>(*std::move(model));
+    ASSERT_NO_FATAL_FAILURE(OpenModel(64, options));
     inputs_ = RandomMatrix(600, 128, 3);
     blocks_.num_threads = 2;
   }
@@ -91,9 +84,6 @@ class LmHeadFitTest : public testing::Test {
     return fit;
   }
 
-  TempDir dir_;
-  std::unique_ptr<Checkpoint> checkpoint_;
-  std::unique_ptr<FloatModel> model_;
   BlockCalibrationOptions blocks_;
   Matrix inputs_;
 };

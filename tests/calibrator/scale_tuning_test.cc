@@ -2,32 +2,19 @@
 
 #include <gtest/gtest.h>
 
-#include <memory>
-#include <random>
-
-#include "engine/checkpoint.h"
 #include "kernels/numeric.h"
-#include "tests/engine/test_models.h"
+#include "tests/calibrator/float_model_fixture.h"
 
 namespace mobi {
 namespace {
 
 constexpr int64_t kSeqLen = 32, kSequences = 8;
 
-class ScaleTuningTest : public testing::Test {
+class ScaleTuningTest : public FloatModelTest {
  protected:
   void SetUp() override {
-    ASSERT_TRUE(WriteTestModel(dir_.Sub("float")).ok());
-    auto checkpoint = Checkpoint::Open(dir_.Sub("float"), {});
-    ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
-    checkpoint_ = std::make_unique<Checkpoint>(*std::move(checkpoint));
-    auto model = FloatModel::Open(*checkpoint_, kSeqLen);
-    ASSERT_TRUE(model.ok()) << model.status();
-    model_ = std::make_unique<FloatModel>(*std::move(model));
-    std::mt19937_64 random(3);
-    for (int64_t i = 0; i < kSequences * kSeqLen; ++i) {
-      ids_.push_back(static_cast<int32_t>(random() % 256));
-    }
+    ASSERT_NO_FATAL_FAILURE(OpenModel(kSeqLen));
+    ids_ = RandomIds(kSequences * kSeqLen);
     CalibrationStreams streams;
     streams.seq_len = kSeqLen;
     streams.float_hidden = Matrix(kSequences * kSeqLen, model_->config().hidden_size);
@@ -60,9 +47,6 @@ class ScaleTuningTest : public testing::Test {
     return blocks;
   }
 
-  TempDir dir_;
-  std::unique_ptr<Checkpoint> checkpoint_;
-  std::unique_ptr<FloatModel> model_;
   std::vector<int32_t> ids_;
   std::vector<FittedBlock> blocks_;
 };

@@ -3,13 +3,11 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <functional>
-#include <iterator>
 #include <limits>
 
 #include "absl/strings/str_cat.h"
@@ -19,6 +17,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kernels/numeric.h"
+#include "tests/engine/bad_folder.h"
 #include "tests/engine/test_models.h"
 #include "tests/paths.h"
 
@@ -30,24 +29,6 @@ using nlohmann::json;
 using ::testing::AllOf;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
-using ::testing::Not;
-
-constexpr CheckpointOptions kVerify = {.verify_manifest = true};
-
-std::string Read(const std::string& path) {
-  std::ifstream in(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(in), {}};
-}
-
-void Write(const std::string& path, const std::string& contents) {
-  std::ofstream(path, std::ios::binary | std::ios::trunc) << contents;
-}
-
-void EditJson(const std::string& path, const std::function<void(json&)>& edit) {
-  json document = json::parse(Read(path));
-  edit(document);
-  Write(path, document.dump());
-}
 
 TEST(CheckpointTest, ReadsFloatFolders) {
   for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16}) {
@@ -160,30 +141,6 @@ TEST(CheckpointTest, ReadsTheReferenceModel) {
   EXPECT_EQ(parameters, 27'795'968);
   EXPECT_EQ(checkpoint->config().rope_theta, 500000);
   EXPECT_THAT(checkpoint->config().eos_token_ids, ElementsAre(8177));
-}
-
-// Lies and accidents. Each case breaks a good folder in one way; the folder must be refused with
-// one line that names the file and says what is wrong, at once.
-struct BadFolder {
-  std::string name;
-  std::function<void(const std::string& dir)> damage;
-  std::vector<std::string> expected;  // parts of the message
-};
-
-std::ostream& operator<<(std::ostream& out, const BadFolder& bad) { return out << bad.name; }
-
-void ExpectRefused(const std::string& dir, const BadFolder& bad) {
-  const auto start = std::chrono::steady_clock::now();
-  const auto checkpoint = Checkpoint::Open(dir, kVerify);
-  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(1));
-  ASSERT_FALSE(checkpoint.ok());
-  const std::string message(checkpoint.status().message());
-  EXPECT_THAT(message, AllOf(HasSubstr(dir), Not(HasSubstr("\n"))));
-  for (const std::string& part : bad.expected) EXPECT_THAT(message, HasSubstr(part));
-}
-
-std::function<void(const std::string&)> EditConfig(std::function<void(json&)> edit) {
-  return [edit = std::move(edit)](const std::string& dir) { EditJson(dir + "/config.json", edit); };
 }
 
 std::function<void(const std::string&)> EditIndex(std::function<void(json&)> edit) {
@@ -422,105 +379,6 @@ INSTANTIATE_TEST_SUITE_P(
         BadFolder{"coherent batch",
                   EditPrices([](json& prices) { prices["coherent"]["batch"] = 0; }),
                   {"price_table.coherent.batch: 0"}}));
-
-class BadLmHeadTest : public ::testing::TestWithParam<BadFolder> {};
-
-TEST_P(BadLmHeadTest, IsRefused) {
-  TempDir dir;
-  ASSERT_EQ(WriteTestModels(dir, {}, {.sliced_lm_head = true}), absl::OkStatus());
-  GetParam().damage(dir.Sub("mobiquant"));
-  ExpectRefused(dir.Sub("mobiquant"), GetParam());
-}
-
-std::function<void(const std::string&)> EditLmHead(std::function<void(json&)> edit) {
-  return EditConfig(
-      [edit = std::move(edit)](json& config) { edit(config["quantization_config"]["lm_head"]); });
-}
-
-INSTANTIATE_TEST_SUITE_P(
-    Config, BadLmHeadTest,
-    ::testing::Values(
-        BadFolder{"not told of",
-                  EditConfig([](json& config) { config["quantization_config"].erase("lm_head"); }),
-                  {"lm_head.slice_0: but config.json's quantization_config has no lm_head"}},
-        BadFolder{"a number",
-                  EditLmHead([](json& head) { head = 2; }),
-                  {"quantization_config.lm_head: 2 is not an object"}},
-        BadFolder{"no level",
-                  EditLmHead([](json& head) { head.erase("min_level"); }),
-                  {"quantization_config.lm_head.min_level: missing"}},
-        BadFolder{"level 0",
-                  EditLmHead([](json& head) { head["min_level"] = 0; }),
-                  {"quantization_config.lm_head.min_level: 0 is not in 1..4"}},
-        BadFolder{"no loss",
-                  EditLmHead([](json& head) { head.erase("loss"); }),
-                  {"quantization_config.lm_head.loss: missing"}},
-        BadFolder{"three losses",
-                  EditLmHead([](json& head) {
-                    head["loss"] = {1, 1, 1};
-                  }),
-                  {"quantization_config.lm_head.loss: 3 values, not one for each of 4 levels"}},
-        BadFolder{"a loss below 0",
-                  EditLmHead([](json& head) { head["loss"][2] = -0.5; }),
-                  {"quantization_config.lm_head.loss: level 3: not a finite number from 0"}},
-        BadFolder{"a loss beyond float",
-                  EditLmHead([](json& head) { head["loss"][0] = 1e300; }),
-                  {"quantization_config.lm_head.loss: level 1: not a finite number from 0"}},
-        BadFolder{"a loss in words",
-                  EditLmHead([](json& head) { head["loss"][3] = "none"; }),
-                  {"quantization_config.lm_head.loss: level 4: not a finite number from 0"}},
-        BadFolder{"another vocabulary",
-                  EditConfig([](json& config) { config["vocab_size"] = 300; }),
-                  {"model.embed_tokens.weight: shape [320, 128], expected [300, 128]"}}));
-
-// Without the slices that config.json tells of, and with those of a shorter vocabulary.
-TEST(CheckpointTest, AnLmHeadInSlicesMustBeThereWhole) {
-  TempDir dir;
-  ASSERT_EQ(WriteTestModels(dir), absl::OkStatus());
-  const std::string config = dir.Sub("mobiquant/config.json");
-  EditJson(config, [](json& c) {
-    c["quantization_config"]["lm_head"] = {{"min_level", 2}, {"loss", {1, 1, 1, 1}}};
-  });
-  EXPECT_THAT(Checkpoint::Open(dir.Sub("mobiquant"), {}).status().message(),
-              HasSubstr("lm_head.slice_0: missing"));
-
-  const auto source = Checkpoint::Open(dir.Sub("float"), {});
-  const auto writer = CheckpointWriter::Create(*source, {.output_dir = dir.Sub("short")});
-  ASSERT_EQ(writer.status(), absl::OkStatus());
-  ASSERT_EQ((*writer)->AddUnquantized(), absl::OkStatus());
-  const std::vector<float> rows(304 * 128, 0.5f);
-  ASSERT_EQ((*writer)->AddSliced(kLmHead, QuantizeMinMax(rows, 304, 128).views), absl::OkStatus());
-  const absl::Status committed =
-      (*writer)->Commit({{"price_table", {{"token", {{2, 1.0}}}}},
-                         {"lm_head", {{"min_level", 2}, {"loss", {1, 1, 1, 1}}}}});
-  EXPECT_THAT(committed.message(),
-              HasSubstr("lm_head.slice_0: shape [19, 1, 512], expected [20, 1, 512]"));
-}
-
-TEST(CheckpointTest, AnLmHeadInSlicesReadsBackWithAndWithoutTiedEmbeddings) {
-  for (const bool tied : {true, false}) {
-    TempDir dir;
-    TestModelOptions options;
-    options.tie_word_embeddings = tied;
-    options.vocab_size = 330;  // not whole tiles
-    ASSERT_EQ(WriteTestModels(dir, options, {.sliced_lm_head = true}), absl::OkStatus());
-    const auto source = Checkpoint::Open(dir.Sub("float"), {});
-    const auto checkpoint = Checkpoint::Open(dir.Sub("mobiquant"), kVerify);
-    ASSERT_EQ(checkpoint.status(), absl::OkStatus());
-    ASSERT_TRUE(checkpoint->lm_head().has_value());
-    EXPECT_EQ(checkpoint->lm_head()->min_level, kTestLmHead.min_level);
-    EXPECT_EQ(checkpoint->lm_head()->loss, kTestLmHead.loss);
-    EXPECT_FALSE(checkpoint->Has("lm_head.weight"));
-    const auto sliced = checkpoint->Sliced(kLmHead, 330, 128);
-    ASSERT_EQ(sliced.status(), absl::OkStatus());
-    const auto weights = source->Tensor(tied ? "model.embed_tokens.weight" : "lm_head.weight");
-    const TestSliced expected = QuantizeMinMax(TestFloats(*weights), 330, 128);
-    for (size_t i = 0; i < kNumSlices; ++i) {
-      EXPECT_EQ(sliced->slices[i], expected.views.slices[i]);
-      EXPECT_EQ(sliced->scales[i], expected.views.scales[i]);
-    }
-  }
-}
 
 INSTANTIATE_TEST_SUITE_P(
     Manifest, BadMobiquantFolderTest,

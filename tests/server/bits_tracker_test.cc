@@ -85,6 +85,12 @@ class Simulation {
   }
   // Forgets what was measured so far.
   void Mark() { errors_.clear(), worst_ = 0; }
+  // What is measured comes after the loop has had time to learn.
+  void SettleThenRun(double settle, double seconds, double target) {
+    Run(settle, target);
+    Mark();
+    Run(seconds, target);
+  }
   // The farthest that an average over any second since then was from its targets.
   double worst() const { return worst_; }
   const BitsTrackerState& state() const { return state_; }
@@ -191,9 +197,7 @@ TEST(BitsTracker, HoldsEverySecondOutOfDomainOnceItHasLearned) {
     const Text text = OutOfDomain(rng);
     const double target = Uniform(rng, 2.2, 7.8);
     Simulation simulation(text, rng());
-    simulation.Run(3, target);
-    simulation.Mark();
-    simulation.Run(6, target);
+    simulation.SettleThenRun(3, 6, target);
     ASSERT_LT(simulation.worst(), 0.05) << Describe(text, target);
   }
 }
@@ -208,9 +212,7 @@ TEST(BitsTracker, HoldsEverySecondAgainstNoise) {
     text.drift = Uniform(rng, 0, 0.1);
     const double target = Uniform(rng, 2.4, 7.6);
     Simulation simulation(text, rng());
-    simulation.Run(4, target);
-    simulation.Mark();
-    simulation.Run(10, target);
+    simulation.SettleThenRun(4, 10, target);
     bad += simulation.worst() >= 0.05;
     // Steps of 100 ms leave the loop three answers a second, so a few of all seconds are outside.
     ASSERT_LT(simulation.worst(), 0.12) << Describe(text, target);
@@ -234,9 +236,7 @@ TEST(BitsTracker, LooksThatComeLateDoNotMakeItSwing) {
     text.late_looks = Uniform(rng, 0.02, 0.2);
     const double target = Uniform(rng, 2.4, 7.6);
     Simulation simulation(text, rng());
-    simulation.Run(4, target);
-    simulation.Mark();
-    simulation.Run(10, target);
+    simulation.SettleThenRun(4, 10, target);
     sum += simulation.worst();
   }
   RecordProperty("mean_of_the_worst_seconds", absl::StrFormat("%.4f", sum / kRounds));
@@ -257,9 +257,7 @@ TEST(BitsTracker, PromptsThatWantOtherBitsThanDecodesDisturbNoSecond) {
     text.prompt_shift = text.table.width * Uniform(rng, -0.3, 0.3);
     const double target = Uniform(rng, 2.4, 7.6);
     Simulation simulation(text, rng());
-    simulation.Run(4, target);
-    simulation.Mark();
-    simulation.Run(10, target);
+    simulation.SettleThenRun(4, 10, target);
     ASSERT_LT(simulation.worst(), 0.05) << Describe(text, target);
     // Each has learned its own.
     const auto& learned = simulation.state().learned;
@@ -283,9 +281,7 @@ TEST(BitsTracker, HoldsSharedLevelsOnSteepAndShallowTables) {
     text.noise = Uniform(rng, 0, 0.2);
     const double target = Uniform(rng, 2.2, 7.8);
     Simulation simulation(text, rng());
-    simulation.Run(4, target);
-    simulation.Mark();
-    simulation.Run(6, target);
+    simulation.SettleThenRun(4, 6, target);
     ASSERT_LT(simulation.worst(), 0.05) << Describe(text, target);
   }
 }
