@@ -47,6 +47,23 @@ __device__ __forceinline__ void WaitForPrevious() {
 #endif
 }
 
+// ---- Registers per thread, of whole warpgroups of a kernel whose launch bounds name one block or
+// more. Multiples of 8; what some take others must have given.
+
+template <int count>
+__device__ __forceinline__ void GiveRegisters() {
+#if MOBI_WGMMA
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
+#endif
+}
+
+template <int count>
+__device__ __forceinline__ void TakeRegisters() {
+#if MOBI_WGMMA
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
+#endif
+}
+
 // ---- Asynchronous copies from global to shared memory.
 
 // 16 bytes past L1; the hint lets DRAM stream ahead within one tile row.

@@ -1,5 +1,5 @@
 // The entry of the sliced matmul: checks the arguments, states the problem, chooses the path.
-#include <algorithm>
+#include <cstddef>
 #include <cstdint>
 
 #include "kernels/cuda/sliced_matmul.h"
@@ -63,9 +63,14 @@ SlicedProblem StateProblem(const Tensor& x, const SlicedWeight& weight, const ui
 
 }  // namespace
 
-size_t SlicedMatmulWorkspaceBytes(int compute_capability, int64_t max_rows, int64_t max_tokens) {
-  return std::max(SlicedDecodeWorkspaceBytes(compute_capability, max_rows, max_tokens),
-                  SlicedPrefillWorkspaceBytes(compute_capability, max_rows, max_tokens));
+SlicedProblem TokensOf(const SlicedProblem& problem, int first, int count) {
+  SlicedProblem some = problem;
+  some.num_tokens = count;
+  some.x += first * problem.x_stride;
+  some.levels += first;
+  some.out = static_cast<std::byte*>(problem.out) +
+             first * problem.out_stride * static_cast<int64_t>(SizeOf(problem.out_type));
+  return some;
 }
 
 cudaError_t LaunchSlicedMatmul(const SlicedMatmulLaunch& launch, const Tensor& x,
@@ -73,10 +78,6 @@ cudaError_t LaunchSlicedMatmul(const SlicedMatmulLaunch& launch, const Tensor& x
                                int64_t levels_stride, const Tensor& out) {
   if (x.rows == 0) return cudaSuccess;
   if (!Valid(x, weight, out)) return cudaErrorInvalidValue;
-  if (launch.workspace_bytes <
-      SlicedMatmulWorkspaceBytes(launch.compute_capability, weight.rows, x.rows)) {
-    return cudaErrorInvalidValue;
-  }
   const SlicedProblem problem = StateProblem(x, weight, levels, levels_stride, out);
   const bool prefill = launch.path == SlicedMatmulPath::kPrefill && launch.compute_capability == 90;
   return prefill ? LaunchSlicedPrefill(launch, problem, x.dtype)

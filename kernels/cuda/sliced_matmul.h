@@ -36,15 +36,15 @@ struct SlicedMatmulLaunch {
   // clusters[i]: how many clusters of 2^i blocks the device holds at a time, one block to a
   // multiprocessor (FindClusterLimits). Only for 9.0.
   int clusters[4] = {};
-  void* workspace = nullptr;  // aligned to 256 bytes; contents need not survive between calls
+  // For kPrefill: 2 KiB for every column of x and segment of the weight at least, and 2
+  // bytes more a token for all of them in one round. Aligned to 256 bytes; contents need not
+  // survive between calls.
+  void* workspace = nullptr;
   size_t workspace_bytes = 0;
 };
 
 // SlicedMatmulLaunch::clusters of the current device.
 cudaError_t FindClusterLimits(int compute_capability, int num_sms, int (&clusters)[4]);
-
-// What LaunchSlicedMatmul may need for weights of up to `max_rows` and up to `max_tokens` tokens.
-size_t SlicedMatmulWorkspaceBytes(int compute_capability, int64_t max_rows, int64_t max_tokens);
 
 // x [num_tokens, cols] fp16 or bf16 -> out [num_tokens, rows] fp16, bf16 or fp32; fp32 sums.
 // levels[segment * levels_stride + token] in 1..4, on the device. Only slices up to the highest

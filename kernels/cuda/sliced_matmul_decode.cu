@@ -119,8 +119,6 @@ cudaError_t LaunchTokens(const SlicedMatmulLaunch& launch, const SlicedProblem& 
 
 }  // namespace
 
-size_t SlicedDecodeWorkspaceBytes(int, int64_t, int64_t) { return 0; }
-
 cudaError_t LaunchSlicedDecode(const SlicedMatmulLaunch& launch, const SlicedProblem& problem,
                                DType x_type) {
   cudaError_t launched;
@@ -130,12 +128,7 @@ cudaError_t LaunchSlicedDecode(const SlicedMatmulLaunch& launch, const SlicedPro
                    : launch.compute_capability == 80 ? 8
                                                      : 4;
   for (int first = 0; first < problem.num_tokens; first += step) {
-    SlicedProblem some = problem;
-    some.num_tokens = std::min(step, problem.num_tokens - first);
-    some.x += first * problem.x_stride;
-    some.levels += first;
-    some.out = static_cast<std::byte*>(problem.out) +
-               first * problem.out_stride * static_cast<int64_t>(SizeOf(problem.out_type));
+    const SlicedProblem some = TokensOf(problem, first, std::min(step, problem.num_tokens - first));
     const cudaError_t error = x_type == DType::kF16 ? LaunchTokens<false>(launch, some)
                                                     : LaunchTokens<true>(launch, some);
     if (error != cudaSuccess) return error;

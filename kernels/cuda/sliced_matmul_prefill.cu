@@ -1,5 +1,5 @@
-// Launch of the prefill path: the order of the tokens, then the product, in tiles that fill the
-// machine.
+// Launch of the prefill path: x packed in the order of levels, then the product in tiles that fill
+// the machine. More tokens than the workspace holds images of take several rounds.
 #include <algorithm>
 #include <cstdint>
 
@@ -9,10 +9,11 @@
 namespace mobi::cuda {
 namespace {
 
-int CeilDiv(int a, int b) { return (a + b - 1) / b; }
+int CeilDiv(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
-cudaError_t Launch(const SlicedMatmulLaunch& launch, const void* kernel, int blocks, int threads,
-                   int shared_bytes, void** arguments) {
+template <typename Kernel>
+cudaError_t Launch(const SlicedMatmulLaunch& launch, Kernel* kernel, dim3 blocks, int threads,
+                   int shared_bytes, const SlicedProblem& problem, const PrefillPlan& plan) {
   if (shared_bytes > 48 * 1024) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
@@ -22,81 +23,96 @@ cudaError_t Launch(const SlicedMatmulLaunch& launch, const void* kernel, int blo
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks);
+  config.gridDim = blocks;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = launch.stream;
   config.attrs = &attribute;
   config.numAttrs = launch.pdl ? 1 : 0;
-  return cudaLaunchKernelExC(&config, kernel, arguments);
+  return cudaLaunchKernelEx(&config, kernel, problem, plan);
 }
 
-int CountRowBlocks(const SlicedProblem& problem, int rows, int* segment_blocks) {
+int CountRowBlocks(const SlicedProblem& problem, int* segment_blocks) {
   int begin = 0, blocks = 0;
   for (int s = 0; s < kMaxSegments; ++s) {
-    blocks += CeilDiv((problem.segment_tiles[s] - begin) * kTileRows, rows);
+    blocks += CeilDiv((problem.segment_tiles[s] - begin) * kTileRows, kPrefillRows);
     if (segment_blocks != nullptr) segment_blocks[s] = blocks;
     begin = problem.segment_tiles[s];
   }
   return blocks;
 }
 
-template <int BM, int BN, bool kBf16>
-cudaError_t LaunchTiles(const SlicedMatmulLaunch& launch, SlicedProblem problem,
-                        TokenOrder tokens) {
-  PrefillPlan plan;
-  plan.tokens = tokens;
-  plan.token_tiles = CeilDiv(problem.num_tokens, BN) + std::min(problem.num_tokens, kNumLevels) - 1;
-  const int blocks = CountRowBlocks(problem, BM, plan.segment_blocks);
-  void* arguments[] = {&problem, &plan};
-  return Launch(launch, reinterpret_cast<const void*>(SlicedPrefillKernel<BM, BN, kBf16>),
-                blocks * plan.token_tiles, (BM / 64 + 1) * kWarpgroup,
-                PrefillShared<BM, BN>::kBytes, arguments);
+// Tiles of BN tokens that one segment may need: every level may leave one half empty.
+int MostTokenTiles(int num_tokens, int bn) {
+  return CeilDiv(num_tokens, bn) + std::min(num_tokens, kNumLevels) - 1;
 }
 
-// How long a tiling takes, in units of one multiprocessor's time for 64 x 64 outputs: waves times
-// what a multiprocessor does in one. Small tiles read more shared memory per product.
-double CostOf(const SlicedProblem& problem, int num_sms, int rows, int tokens, int per_sm,
-              double efficiency) {
-  const int tiles = CountRowBlocks(problem, rows, nullptr) * CeilDiv(problem.num_tokens, tokens);
-  const double size = rows / 64.0 * tokens / 64.0 / efficiency;
-  const int full = tiles / (num_sms * per_sm), rest = tiles % (num_sms * per_sm);
-  return (full * per_sm + CeilDiv(rest, num_sms)) * size;
+// ---- Workspace: order, starts, images.
+
+int64_t OrderBytes(int64_t num_tokens) {
+  return (kMaxSegments * (num_tokens + kStartsOfSegment) * 4 + 255) / 256 * 256;
+}
+int64_t ImageBytes(const SlicedProblem& problem, int num_tokens, int bn) {
+  return int64_t{problem.num_segments} * MostTokenTiles(num_tokens, bn) * bn * problem.groups *
+         kGroupSize * 2;
+}
+
+template <int BN, bool kBf16>
+cudaError_t LaunchTiles(const SlicedMatmulLaunch& launch, const SlicedProblem& problem,
+                        PrefillPlan plan) {
+  plan.token_tiles = MostTokenTiles(problem.num_tokens, BN);
+  const int row_blocks = CountRowBlocks(problem, plan.segment_blocks);
+  const dim3 pack(problem.num_segments * plan.token_tiles * (BN / kPackTokens),
+                  CeilDiv(problem.groups, kPackGroups));
+  const cudaError_t error =
+      Launch(launch, SlicedPackKernel<BN>, pack, kPackThreads, 0, problem, plan);
+  if (error != cudaSuccess) return error;
+  const int blocks = std::min(row_blocks * plan.token_tiles, launch.num_sms);
+  return Launch(launch, SlicedPrefillKernel<BN, kBf16>, dim3(blocks), kPrefillThreads,
+                PrefillShared<BN>::kBytes, problem, plan);
+}
+
+// How long tiles of BN tokens take, in cycles per group of columns; `cycles`: of one tile, measured
+// with 4096 columns on an H200.
+template <int BN>
+int CostOf(const SlicedProblem& problem, int num_sms, int cycles) {
+  const int tiles = CountRowBlocks(problem, nullptr) * CeilDiv(problem.num_tokens, BN);
+  return CeilDiv(tiles, num_sms) * cycles;
 }
 
 template <bool kBf16>
 cudaError_t LaunchBest(const SlicedMatmulLaunch& launch, const SlicedProblem& problem,
-                       const TokenOrder& tokens) {
-  const double large = CostOf(problem, launch.num_sms, 128, 256, 1, 1.0);
-  const double medium = CostOf(problem, launch.num_sms, 64, 128, 2, 0.75);
-  const double small = CostOf(problem, launch.num_sms, 64, 64, 2, 0.5);
-  if (large <= medium && large <= small) {
-    return LaunchTiles<128, 256, kBf16>(launch, problem, tokens);
-  }
-  if (medium <= small) return LaunchTiles<64, 128, kBf16>(launch, problem, tokens);
-  return LaunchTiles<64, 64, kBf16>(launch, problem, tokens);
+                       const PrefillPlan& plan) {
+  const int large = CostOf<256>(problem, launch.num_sms, 3400);
+  const int medium = CostOf<128>(problem, launch.num_sms, 2300);
+  const int small = CostOf<64>(problem, launch.num_sms, 1400);
+  if (large <= medium && large <= small) return LaunchTiles<256, kBf16>(launch, problem, plan);
+  if (medium <= small) return LaunchTiles<128, kBf16>(launch, problem, plan);
+  return LaunchTiles<64, kBf16>(launch, problem, plan);
 }
 
 }  // namespace
 
-size_t SlicedPrefillWorkspaceBytes(int compute_capability, int64_t, int64_t max_tokens) {
-  if (compute_capability != 90) return 0;
-  return kMaxSegments * (max_tokens + kNumLevels + 1) * sizeof(int32_t);
-}
-
 cudaError_t LaunchSlicedPrefill(const SlicedMatmulLaunch& launch, const SlicedProblem& problem,
                                 DType x_type) {
-  TokenOrder tokens;
-  tokens.start = static_cast<int32_t*>(launch.workspace);
-  tokens.order = tokens.start + kMaxSegments * (kNumLevels + 1);
-  SlicedProblem copy = problem;
-  void* arguments[] = {&copy, &tokens};
-  const cudaError_t error =
-      Launch(launch, reinterpret_cast<const void*>(SlicedSortKernel<kSortThreads>),
-             problem.num_segments, kSortThreads, 0, arguments);
-  if (error != cudaSuccess) return error;
-  return x_type == DType::kF16 ? LaunchBest<false>(launch, problem, tokens)
-                               : LaunchBest<true>(launch, problem, tokens);
+  int round = std::min(problem.num_tokens, kMostPackTokens);
+  while (OrderBytes(round) + ImageBytes(problem, round, 256) >
+         static_cast<int64_t>(launch.workspace_bytes)) {
+    if (round <= 256) return cudaErrorInvalidValue;
+    round = std::max(round / 2, 256);
+  }
+  PrefillPlan plan;
+  plan.start = static_cast<int32_t*>(launch.workspace);
+  plan.order = plan.start + kMaxSegments * kStartsOfSegment;
+  plan.images = static_cast<uint8_t*>(launch.workspace) + OrderBytes(round);
+  for (int first = 0; first < problem.num_tokens; first += round) {
+    const SlicedProblem some =
+        TokensOf(problem, first, std::min(round, problem.num_tokens - first));
+    const cudaError_t error = x_type == DType::kF16 ? LaunchBest<false>(launch, some, plan)
+                                                    : LaunchBest<true>(launch, some, plan);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace mobi::cuda

@@ -31,6 +31,9 @@ struct SlicedProblem {
   DType out_type = DType::kF16;
 };
 
+// The same for tokens first .. first + count - 1 alone.
+SlicedProblem TokensOf(const SlicedProblem& problem, int first, int count);
+
 // Enqueue one path; the arguments are checked already.
 cudaError_t LaunchSlicedDecode(const SlicedMatmulLaunch& launch, const SlicedProblem& problem,
                                DType x_type);
@@ -39,9 +42,6 @@ bool LaunchSlicedDecode90(const SlicedMatmulLaunch& launch, const SlicedProblem&
                           DType x_type, cudaError_t* error);
 cudaError_t LaunchSlicedPrefill(const SlicedMatmulLaunch& launch, const SlicedProblem& problem,
                                 DType x_type);
-
-size_t SlicedDecodeWorkspaceBytes(int compute_capability, int64_t max_rows, int64_t max_tokens);
-size_t SlicedPrefillWorkspaceBytes(int compute_capability, int64_t max_rows, int64_t max_tokens);
 
 }  // namespace mobi::cuda
 

@@ -2,8 +2,8 @@
 // on the device (fresh random bits, poisoned outputs), then LLaMA-3-8B's decoder linears, with
 // weights rotated through more memory than L2 holds, as medians of CUDA-graph replays, beside
 // cuBLAS fp16 in the same run.
-//   sliced-bench [check] [time] [prefill] [--quick] [--no-pdl]
-//   sliced-bench profile LINEAR TOKENS LEVEL [prefill]
+//   sliced-bench [check] [time] [prefill] [--quick] [--no-pdl]   prefill: that path instead of
+//   decode sliced-bench profile LINEAR TOKENS LEVEL [prefill]
 #include <cublas_v2.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -201,7 +201,7 @@ struct Machine {
     const char* pretend = std::getenv("SLICED_BENCH_CAPABILITY");
     if (pretend != nullptr) launch.compute_capability = std::atoi(pretend);
     CHECK_CUDA(FindClusterLimits(launch.compute_capability, launch.num_sms, launch.clusters));
-    launch.workspace_bytes = SlicedMatmulWorkspaceBytes(launch.compute_capability, 28672, 8192);
+    launch.workspace_bytes = size_t{256} << 20;  // as the backend has it
     workspace = Device<uint8_t>(launch.workspace_bytes);
     launch.workspace = workspace.data;
   }
@@ -633,14 +633,14 @@ void PrintLine(const char* path, int tokens, const char* level, double us, doubl
   std::printf("\n");
 }
 
-void RunTimes(Machine& machine, bool prefill, bool quick, bool pdl) {
+void RunTimes(Machine& machine, SlicedMatmulPath path, bool quick, bool pdl) {
+  const bool prefill = path == SlicedMatmulPath::kPrefill;
   std::vector<int> tokens = prefill ? std::vector<int>{64, 256, 512, 2048}
                             : quick ? std::vector<int>{1, 16, 32, 64}
                                     : std::vector<int>{1, 2, 4, 8, 16, 32, 64, 128};
   const std::vector<double> cublas =
       quick ? std::vector<double>(tokens.size(), 0.0) : TimeCublas(machine.launch.stream, tokens);
   Timer timer(machine, tokens.back(), pdl);
-  const SlicedMatmulPath path = prefill ? SlicedMatmulPath::kPrefill : SlicedMatmulPath::kDecode;
   const char* name = prefill ? "prefill" : "decode";
   std::printf("\ndecoder linears, 32 x (qkv o gate_up down), PDL %s\n", pdl ? "on" : "off");
   std::printf("path    tokens  level        us    GB/s  peak  TFLOP/s  /cublas\n");
@@ -698,10 +698,10 @@ int Main(int argc, char** argv) {
     return 0;
   }
   bool ok = true;
-  if (has("check")) ok &= RunChecks(machine, SlicedMatmulPath::kDecode, quick);
-  if (has("check") && has("prefill")) ok &= RunChecks(machine, SlicedMatmulPath::kPrefill, quick);
-  if (has("time")) RunTimes(machine, false, quick, pdl);
-  if (has("time") && has("prefill")) RunTimes(machine, true, quick, pdl);
+  const SlicedMatmulPath path =
+      has("prefill") ? SlicedMatmulPath::kPrefill : SlicedMatmulPath::kDecode;
+  if (has("check")) ok &= RunChecks(machine, path, quick);
+  if (has("time")) RunTimes(machine, path, quick, pdl);
   return ok ? 0 : 1;
 }
 

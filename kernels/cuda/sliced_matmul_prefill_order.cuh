@@ -1,0 +1,204 @@
+// Before the prefill path's product: tokens sorted by the level they read, and x brought into the
+// shape in which the product's blocks take it into shared memory.
+//
+// A tile is up to BN tokens of one segment that read one level. Its image: [step of 64 columns]
+// [token] of 128 bytes, columns in the order of the weights' fragments (sliced_matmul_unpack.cuh),
+// swizzled for wgmma; so a step is one bulk copy.
+#ifndef MOBI_KERNELS_CUDA_SLICED_MATMUL_PREFILL_ORDER_CUH_
+#define MOBI_KERNELS_CUDA_SLICED_MATMUL_PREFILL_ORDER_CUH_
+
+#include <cstdint>
+
+#include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/sliced_matmul_problem.h"
+
+namespace mobi::cuda {
+
+inline constexpr int kStepColumns = 64;  // a row of 128 bytes
+inline constexpr int kStartsOfSegment = kNumLevels + 1;
+
+struct PrefillPlan {
+  // Tokens of each segment by level: order[segment * num_tokens + i], those of level l from
+  // start[segment * kStartsOfSegment + l - 1] to the next.
+  int32_t* order = nullptr;
+  int32_t* start = nullptr;
+  uint8_t* images = nullptr;              // [segment][tile], room for token_tiles each
+  int token_tiles = 0;                    // at most, of a segment
+  int segment_blocks[kMaxSegments] = {};  // row blocks up to the end of each segment
+};
+
+// A tile's tokens: a run of its segment's order.
+struct TokenTile {
+  int level = 0, first = 0, count = 0;  // count 0: there is no such tile
+};
+
+// Tile `index` of the segment whose starts these are.
+template <int BN>
+__device__ __forceinline__ TokenTile FindTokenTile(const int32_t* start, int index) {
+  TokenTile tile;
+#pragma unroll
+  for (int level = 1; level <= kNumLevels; ++level) {
+    const int from = start[level - 1], to = start[level];
+    const int tiles = (to - from + BN - 1) / BN;
+    if (index >= 0 && index < tiles) {
+      tile.level = level;
+      tile.first = from + index * BN;
+      tile.count = min(BN, to - tile.first);
+    }
+    index -= tiles;
+  }
+  return tile;
+}
+
+template <int BN>
+__device__ __forceinline__ int CountTokenTiles(const int32_t* start) {
+  int tiles = 0;
+#pragma unroll
+  for (int level = 1; level <= kNumLevels; ++level) {
+    tiles += (start[level] - start[level - 1] + BN - 1) / BN;
+  }
+  return tiles;
+}
+
+// ---- Order by level.
+
+inline constexpr int kPackThreads = 256;
+inline constexpr int kPackWarps = kPackThreads / 32;
+inline constexpr int kPackTokens = kPackThreads / 16;
+inline constexpr int kPackGroups = 8;  // of a block
+
+struct PackShared {
+  uint64_t warp_counts[kPackWarps];
+  int32_t start[kStartsOfSegment];
+  int32_t tokens[kPackTokens];
+};
+
+// Counts of tokens by level, 16 bits each.
+inline constexpr int kMostPackTokens = 1 << 15;
+__device__ __forceinline__ int CountOf(uint64_t counts, int level) {
+  return static_cast<int>(counts >> (16 * (level - 1)) & 0xFFFF);
+}
+
+__device__ __forceinline__ int LevelOf(const uint8_t* levels, int token) {
+  return min(max(static_cast<int>(__ldcg(levels + token)), 1), kNumLevels);
+}
+
+// The place in a segment's order of this thread's first token of each level, and s.start. A thread
+// has tokens begin .. end - 1.
+__device__ __forceinline__ void FindPlaces(const uint8_t* levels, int begin, int end, PackShared& s,
+                                           int (&next)[kNumLevels]) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  uint64_t own = 0;
+  for (int i = begin; i < end; ++i) own += uint64_t{1} << (16 * (LevelOf(levels, i) - 1));
+  uint64_t sum = own;
+#pragma unroll
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const uint64_t other = __shfl_up_sync(~0u, sum, offset);
+    if (lane >= offset) sum += other;
+  }
+  if (lane == 31) s.warp_counts[warp] = sum;
+  __syncthreads();
+  uint64_t before = sum - own, all = 0;
+#pragma unroll
+  for (int w = 0; w < kPackWarps; ++w) {
+    if (w < warp) before += s.warp_counts[w];
+    all += s.warp_counts[w];
+  }
+  int start = 0;
+#pragma unroll
+  for (int level = 1; level <= kNumLevels; ++level) {
+    if (threadIdx.x == 0) s.start[level - 1] = start;
+    next[level - 1] = start + CountOf(before, level);
+    start += CountOf(all, level);
+  }
+  if (threadIdx.x == 0) s.start[kNumLevels] = start;
+  __syncthreads();
+}
+
+// Lists the tokens at `count` places of a segment's order from `first` on.
+__device__ __forceinline__ void ListTokens(const uint8_t* levels, int begin, int end,
+                                           int (&next)[kNumLevels], int first, int count,
+                                           int32_t* tokens) {
+  for (int i = begin; i < end; ++i) {
+    const int level = LevelOf(levels, i);
+    int place = 0;
+#pragma unroll
+    for (int l = 1; l <= kNumLevels; ++l) {
+      if (level == l) place = next[l - 1]++;
+    }
+    if (place >= first && place < first + count) tokens[place - first] = i;
+  }
+}
+
+// ---- Images. Half a warp carries one group of one token at a time, 16 bytes a lane.
+
+// words[i] of lane t of four, 4 lanes apart -> words[t] of lane i.
+__device__ __forceinline__ void TransposeWords(uint4& v, int t) {
+  const auto exchange = [t](uint32_t& low, uint32_t& high, int bit) {
+    const uint32_t got = __shfl_xor_sync(~0u, t & bit ? low : high, 4 * bit);
+    (t & bit ? low : high) = got;
+  };
+  exchange(v.x, v.y, 1);
+  exchange(v.z, v.w, 1);
+  exchange(v.x, v.z, 2);
+  exchange(v.y, v.w, 2);
+}
+
+// Grid: blocks of kPackTokens tokens of all segments' tiles; blocks of kPackGroups groups. Every
+// block sorts for itself: that takes less than a kernel more in the chain.
+template <int BN>
+__global__ void __launch_bounds__(kPackThreads)
+    SlicedPackKernel(const __grid_constant__ SlicedProblem p,
+                     const __grid_constant__ PrefillPlan plan) {
+  constexpr int kParts = BN / kPackTokens;
+  __shared__ PackShared s;
+  ptx::LaunchDependents();
+  ptx::WaitForPrevious();
+  const int place = blockIdx.x / kParts, segment = place / plan.token_tiles;
+  const int of_segment = place % plan.token_tiles, first_row = blockIdx.x % kParts * kPackTokens;
+  const uint8_t* const levels = p.levels + segment * p.levels_stride;
+  const int each = (p.num_tokens + kPackThreads - 1) / kPackThreads;
+  const int first = threadIdx.x * each, last = min(first + each, p.num_tokens);
+  int next[kNumLevels];
+  FindPlaces(levels, first, last, s, next);
+  const TokenTile tile = FindTokenTile<BN>(s.start, of_segment);
+  const int rows = max(min(kPackTokens, tile.count - first_row), 0);
+  const int thread = threadIdx.x, row = thread / 16;
+  ListTokens(levels, first, last, next, tile.first + first_row, rows, s.tokens);
+  __syncthreads();
+  if (blockIdx.y == 0) {
+    if (thread < rows) {
+      plan.order[segment * p.num_tokens + tile.first + first_row + thread] = s.tokens[thread];
+    }
+    if (of_segment == 0 && first_row == 0 && thread < kStartsOfSegment) {
+      plan.start[segment * kStartsOfSegment + thread] = s.start[thread];
+    }
+  }
+  if (rows == 0) return;
+  // Rows without a token are written by nobody: their products are stored by nobody.
+  const bool mine = row < rows;
+  const int lane = threadIdx.x % 16, word = lane % 4, t = lane / 4;
+  const int begin = blockIdx.y * kPackGroups;
+  const uint4* const from =
+      reinterpret_cast<const uint4*>(p.x + s.tokens[mine ? row : 0] * p.x_stride) + lane;
+  uint4 v[kPackGroups];
+#pragma unroll
+  for (int i = 0; i < kPackGroups; ++i) {
+    v[i] = make_uint4(0, 0, 0, 0);
+    if (mine && begin + i < p.groups) v[i] = __ldcg(from + (begin + i) * 16);
+  }
+  const int of_tile = first_row + row;
+  uint8_t* to = plan.images + (int64_t{place} * 2 * p.groups + word / 2) * (BN * 128) +
+                of_tile * 128 + ((word % 2 * 4 + t) ^ (of_tile % 8)) * 16;
+#pragma unroll
+  for (int i = 0; i < kPackGroups; ++i) {
+    TransposeWords(v[i], t);
+    if (mine && begin + i < p.groups) {
+      *reinterpret_cast<uint4*>(to + int64_t{begin + i} * 2 * (BN * 128)) = v[i];
+    }
+  }
+}
+
+}  // namespace mobi::cuda
+
+#endif  // MOBI_KERNELS_CUDA_SLICED_MATMUL_PREFILL_ORDER_CUH_
