@@ -42,10 +42,13 @@ def static_policy(bits):
 
 
 def elastic_policy(args):
+    signals = f"{{kind: queue_depth, reference: {args.queue_reference:g}}}"
+    if args.wait_reference_ms:
+        signals += f", {{kind: queue_wait, reference: {args.wait_reference_ms:g}}}"
     return (f"slo: {{ttft_p95_ms: {args.slo_ttft_ms:g}, itl_p95_ms: {args.slo_itl_ms:g}}}\n" +
             CLASSES % (args.floor, args.floor) +
             f"windows: [{{name: elastic, floor_bits: {args.floor:g}, ceiling_bits: 8}}]\n"
-            f"signals: [{{kind: queue_depth, reference: {args.queue_reference:g}}}]\n")
+            f"signals: [{signals}]\n")
 
 
 class Arm(Server):
@@ -172,6 +175,8 @@ def arguments():
     parser.add_argument("--slo-itl-ms", type=float, default=50)
     parser.add_argument("--floor", type=float, default=3)
     parser.add_argument("--queue-reference", type=float, default=8)
+    parser.add_argument("--wait-reference-ms", type=float, default=0,
+                        help="of queue_wait; 0: the server's own, a third of the first token's SLO")
     parser.add_argument("--surface", type=pathlib.Path, help="file of mobi-bench surface")
     parser.add_argument("--sequences", default="1,2,4,8", help="of a surface that is measured")
     parser.add_argument("--prompts", help="text file that prompts are cut from")
