@@ -69,7 +69,7 @@ class CountingBackend final : public ForwardingBackend {
 
 // A cache that may grow by so many pages a tensor: few, and its tensors share them. On the CPU, and
 // on CUDA where there is a GPU.
-class GrowingKvCacheTest : public testing::TestWithParam<std::tuple<const char*, int>> {
+class GrowingKvCacheTest : public testing::TestWithParam<std::tuple<std::string, int>> {
  protected:
   static constexpr int kLayers = 3;
   static constexpr int kOwn = 7;

@@ -15,7 +15,7 @@
 namespace mobi {
 namespace {
 
-class SlicePlanesTest : public testing::TestWithParam<const char*> {
+class SlicePlanesTest : public testing::TestWithParam<std::string> {
  protected:
   void SetUp() override {
     auto backend = CreateBackend(GetParam(), 2);

@@ -56,7 +56,7 @@ class CountingSink final : public TokenSink {
   bool counted_ = false;
 };
 
-class SliceResidencyTest : public testing::TestWithParam<const char*> {
+class SliceResidencyTest : public testing::TestWithParam<std::string> {
  protected:
   void SetUp() override {
     auto backend = CreateBackend(GetParam(), 2);

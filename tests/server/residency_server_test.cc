@@ -15,7 +15,7 @@ namespace {
 
 using ::testing::HasSubstr;
 
-class ResidencyServerTest : public ::testing::TestWithParam<const char*> {
+class ResidencyServerTest : public ::testing::TestWithParam<std::string> {
  protected:
   void SetUp() override {
     if (auto backend = CreateBackend(GetParam(), 0); !backend.ok()) {
