@@ -8,6 +8,12 @@
 #include "engine/base/status_macros.h"
 
 namespace mobi {
+namespace {
+
+// Where a tensor could grow by fewer pages than this, tensors share their pages.
+constexpr size_t kFewPages = 4;
+
+}  // namespace
 
 size_t KvCache::BlockBytes(const ModelConfig& config, int block_size, DType dtype) {
   return size_t{2} * config.num_hidden_layers * block_size * config.num_key_value_heads *
@@ -21,8 +27,7 @@ absl::StatusOr<KvCache> KvCache::Create(const ModelConfig& config, int num_block
   cache.num_blocks_ = num_blocks;
   cache.max_blocks_ = std::max(num_blocks, max_blocks);
   cache.block_size_ = block_size;
-  const DType dtype = backend.activation_dtype();
-  const size_t block_bytes = BlockBytes(config, block_size, dtype);
+  const size_t block_bytes = BlockBytes(config, block_size, backend.activation_dtype());
   const size_t bytes = num_blocks * block_bytes;
   const MemoryInfo memory = backend.memory();
   if (memory.total > 0 && bytes > memory.free) {
@@ -33,34 +38,60 @@ absl::StatusOr<KvCache> KvCache::Create(const ModelConfig& config, int num_block
         backend.description(), memory.free / block_bytes));
   }
   const size_t tensors = size_t{2} * config.num_hidden_layers;
-  cache.block_bytes_ = block_bytes / tensors;
-  cache.tensor_bytes_ = cache.Committed(cache.max_blocks_);
-  const std::string what = absl::StrCat("KV cache, ", num_blocks, " blocks");
-  if (max_blocks > num_blocks) {
-    MOBI_ASSIGN_OR_RETURN(cache.memory_, backend.Reserve(tensors * cache.tensor_bytes_, what));
-  } else {
-    cache.tensor_bytes_ = num_blocks * cache.block_bytes_;
-    MOBI_ASSIGN_OR_RETURN(cache.memory_, backend.Allocate(bytes, what));
-  }
-  const int64_t rows = int64_t{cache.max_blocks_} * block_size;
-  const int64_t cols = int64_t{config.num_key_value_heads} * config.head_dim;
-  for (int i = 0; i < config.num_hidden_layers; ++i) {
-    cache.layers_.push_back({Tensor::Of(cache.tensor(2 * i), dtype, rows, cols),
-                             Tensor::Of(cache.tensor(2 * i + 1), dtype, rows, cols)});
-  }
-  for (size_t i = 0; i < tensors; ++i) {
-    if (max_blocks > num_blocks) {
-      MOBI_RETURN_IF_ERROR(backend.Commit(cache.tensor(i), cache.Committed(num_blocks), what));
-    }
-    // Attention never reads a row that was not written, but a zero row keeps NaN out of any bug.
-    backend.Zero(cache.tensor(i), num_blocks * cache.block_bytes_);
-  }
+  const size_t growth = (cache.max_blocks_ - num_blocks) * block_bytes / tensors;
+  const bool shared_pages = growth > 0 && growth < kFewPages * backend.page_bytes();
+  cache.num_extents_ = shared_pages ? 1 : tensors;
+  cache.block_bytes_ = block_bytes / cache.num_extents_;
+  MOBI_RETURN_IF_ERROR(cache.Allocate());
+  cache.LayOut(config);
   return cache;
 }
 
-size_t KvCache::Committed(int num_blocks) const {
+absl::Status KvCache::Allocate() {
+  const std::string what = absl::StrCat("KV cache, ", num_blocks_, " blocks");
+  if (max_blocks_ > num_blocks_) {
+    extent_bytes_ = Pages(max_blocks_);
+    MOBI_ASSIGN_OR_RETURN(memory_, backend_->Reserve(num_extents_ * extent_bytes_, what));
+    return Grow(Pages(num_blocks_), what);
+  }
+  extent_bytes_ = num_blocks_ * block_bytes_;
+  MOBI_ASSIGN_OR_RETURN(memory_, backend_->Allocate(num_extents_ * extent_bytes_, what));
+  // Attention never reads a row that was not written, but a zero row keeps NaN out of any bug.
+  backend_->Zero(memory_.data(), memory_.size());
+  return absl::OkStatus();
+}
+
+void KvCache::LayOut(const ModelConfig& config) {
+  const DType dtype = backend_->activation_dtype();
+  const int64_t cols = int64_t{config.num_key_value_heads} * config.head_dim;
+  const size_t tensors = size_t{2} * config.num_hidden_layers;
+  const size_t tensors_a_row = tensors / num_extents_;
+  const size_t apart = tensors_a_row > 1 ? cols * SizeOf(dtype) : extent_bytes_;
+  for (size_t i = 0; i < tensors; i += 2) {
+    const auto tensor = [&](size_t index) {
+      return Tensor{memory_.As<std::byte>() + index * apart, dtype,
+                    int64_t{max_blocks_} * block_size_, cols,
+                    static_cast<int64_t>(tensors_a_row) * cols};
+    };
+    layers_.push_back({tensor(i), tensor(i + 1)});
+  }
+}
+
+size_t KvCache::Pages(int num_blocks) const {
   const size_t page = backend_->page_bytes();
   return (num_blocks * block_bytes_ + page - 1) / page * page;
+}
+
+absl::Status KvCache::Grow(size_t bytes, std::string_view what) {
+  const size_t before = grown_.empty() ? 0 : grown_.back();
+  for (size_t i = 0; i < num_extents_; ++i) {
+    const absl::Status status = backend_->Commit(extent(i) + before, bytes - before, what);
+    if (status.ok()) continue;
+    while (i-- > 0) backend_->Decommit(extent(i) + before, bytes - before);
+    return status;
+  }
+  grown_.push_back(bytes);
+  return absl::OkStatus();
 }
 
 absl::Status KvCache::Resize(int num_blocks) {
@@ -68,24 +99,25 @@ absl::Status KvCache::Resize(int num_blocks) {
     return absl::InvalidArgumentError(
         absl::StrCat("KV cache: ", num_blocks, " blocks, the most is ", max_blocks_));
   }
-  const size_t before = Committed(num_blocks_), after = Committed(num_blocks);
-  for (size_t i = 0; i < num_tensors(); ++i) {
-    if (after < before) backend_->Decommit(tensor(i) + after, before - after);
-    if (after <= before) continue;
-    const absl::Status status =
-        backend_->Commit(tensor(i) + before, after - before, "more KV blocks");
-    if (status.ok()) continue;
-    while (i-- > 0) backend_->Decommit(tensor(i) + before, after - before);
-    return status;
+  const size_t needed = Pages(num_blocks);
+  while (grown_.size() > 1 && grown_[grown_.size() - 2] >= needed) {
+    const size_t end = grown_.back();
+    grown_.pop_back();
+    for (size_t i = 0; i < num_extents_; ++i) {
+      backend_->Decommit(extent(i) + grown_.back(), end - grown_.back());
+    }
+  }
+  if (!grown_.empty() && needed > grown_.back()) {
+    MOBI_RETURN_IF_ERROR(Grow(needed, "more KV blocks"));
   }
   num_blocks_ = num_blocks;
   return absl::OkStatus();
 }
 
 int KvCache::BlocksIn(size_t bytes) const {
-  // Every tensor may have to begin another page.
-  const size_t ends = num_tensors() * backend_->page_bytes();
-  return bytes > ends ? static_cast<int>((bytes - ends) / (num_tensors() * block_bytes_)) : 0;
+  const size_t page = backend_->page_bytes();
+  const size_t pages = bytes / (num_extents_ * page);
+  return static_cast<int>(pages * page / block_bytes_);
 }
 
 }  // namespace mobi

@@ -1,10 +1,13 @@
 // The paged KV cache's memory: one pair of tensors a layer, cut into blocks of block_size tokens
 // that sequences hold through block tables (see block_allocator.h). May grow and shrink behind
-// addresses that stay. Belongs to the engine's thread.
+// addresses that stay: then each tensor has pages of its own, or, where a page is much beside what
+// may be added, all tensors lie side by side in every row, as one extent. Belongs to the engine's
+// thread.
 // Source: PagedAttention, Kwon et al., SOSP 2023.
 #ifndef MOBI_ENGINE_KV_CACHE_H_
 #define MOBI_ENGINE_KV_CACHE_H_
 
+#include <string_view>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -23,7 +26,7 @@ class KvCache {
   static size_t BlockBytes(const ModelConfig& config, int block_size, DType dtype);
 
   // Gives memory to the first `num_blocks` blocks and takes it from the others, whose contents are
-  // lost. RESOURCE_EXHAUSTED changes nothing.
+  // lost, in the pieces in which it grew. RESOURCE_EXHAUSTED changes nothing.
   absl::Status Resize(int num_blocks);
   // Blocks that `bytes` of memory would add at least.
   int BlocksIn(size_t bytes) const;
@@ -33,18 +36,22 @@ class KvCache {
   int block_size() const { return block_size_; }
 
  private:
-  // Bytes of each tensor that hold so many blocks, in whole pages.
-  size_t Committed(int num_blocks) const;
-  // The memory of every layer's keys and values, one tensor after another.
-  std::byte* tensor(size_t index) const { return memory_.As<std::byte>() + index * tensor_bytes_; }
-  size_t num_tensors() const { return 2 * layers_.size(); }
+  absl::Status Allocate();
+  void LayOut(const ModelConfig& config);
+  // Bytes of each extent that hold so many blocks, in whole pages.
+  size_t Pages(int num_blocks) const;
+  // Every extent's memory, to so many bytes.
+  absl::Status Grow(size_t bytes, std::string_view what);
+  std::byte* extent(size_t index) const { return memory_.As<std::byte>() + index * extent_bytes_; }
 
   Backend* backend_ = nullptr;
   int num_blocks_ = 0;
   int max_blocks_ = 0;
   int block_size_ = 0;
-  size_t block_bytes_ = 0;   // of one block in one tensor
-  size_t tensor_bytes_ = 0;  // of addresses
+  size_t num_extents_ = 0;     // one for each tensor, or one for all
+  size_t block_bytes_ = 0;     // of one block in one extent
+  size_t extent_bytes_ = 0;    // of addresses
+  std::vector<size_t> grown_;  // bytes of each extent after every growth that is not taken back
   std::vector<KvLayer> layers_;
   Buffer memory_;
 };

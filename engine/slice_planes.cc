@@ -12,8 +12,10 @@ namespace mobi {
 namespace {
 
 constexpr size_t kAlignment = 256;
-// What is restored between two looks at the clock: a huge page, so that the plane has them again.
+// What is restored between two looks at the clock: a huge page, so that the plane has them again,
+// or several of the backend's pages, which cost it much the same together as one.
 constexpr size_t kPieceBytes = size_t{2} << 20;
+constexpr size_t kPiecePages = 8;
 
 constexpr size_t Aligned(size_t bytes) {
   return (bytes + kAlignment - 1) / kAlignment * kAlignment;
@@ -99,9 +101,10 @@ void SlicePlanes::Drop() {
 absl::StatusOr<bool> SlicePlanes::Restore(const Clock& clock, Duration budget) {
   const Plane& plane = planes_[resident_];
   auto* memory = plane.memory.As<std::byte>();
+  const size_t most = std::max(kPieceBytes, kPiecePages * backend_->page_bytes());
   const TimePoint begin = clock.Now();
   do {
-    const size_t piece = std::min(kPieceBytes, plane.memory.size() - restored_);
+    const size_t piece = std::min(most, plane.memory.size() - restored_);
     const absl::Status status = backend_->Commit(memory + restored_, piece, "slices to restore");
     if (!status.ok()) {
       if (restored_ > 0) backend_->Decommit(memory, restored_);

@@ -180,12 +180,14 @@ class Backend {
   virtual absl::StatusOr<Buffer> Allocate(size_t bytes, std::string_view what) = 0;
 
   // Addresses without memory behind them, aligned to page_bytes(), for what comes and goes while
-  // others keep pointers to it. UNIMPLEMENTED where the device or this build cannot.
+  // others keep pointers to it, records of steps among them. UNIMPLEMENTED where the device or this
+  // build cannot.
   virtual absl::StatusOr<Buffer> Reserve(size_t bytes, std::string_view what);
-  // Puts zeroed memory behind [at, at + bytes) of a reservation, which has none: whole pages.
-  // RESOURCE_EXHAUSTED as Allocate says it.
+  // Puts zeroed memory behind [at, at + bytes) of a reservation, which has none: whole pages, for
+  // ops that are enqueued from now on. RESOURCE_EXHAUSTED as Allocate says it changes nothing.
   virtual absl::Status Commit(void* at, size_t bytes, std::string_view what);
-  // Gives that memory back at once; until the next Commit nobody may read or write there.
+  // Takes back what one or several Commits gave, each of them whole. Waits for everything enqueued,
+  // then the memory is free at once; until the next Commit nobody may read or write there.
   virtual void Decommit(void* at, size_t bytes);
   virtual size_t page_bytes() const { return 1; }
 

@@ -15,6 +15,7 @@
 #include "kernels/backend.h"
 #include "kernels/cuda/cublas.h"
 #include "kernels/cuda/cuda_device.h"
+#include "kernels/cuda/device_memory.h"
 #include "kernels/cuda/fault.h"
 #include "kernels/cuda/ops.h"
 #include "kernels/cuda/sliced_matmul.h"
@@ -50,6 +51,10 @@ class CudaBackend final : public Backend {
   MemoryInfo memory() const override;
 
   absl::StatusOr<Buffer> Allocate(size_t bytes, std::string_view what) override;
+  absl::StatusOr<Buffer> Reserve(size_t bytes, std::string_view what) override;
+  absl::Status Commit(void* at, size_t bytes, std::string_view what) override;
+  void Decommit(void* at, size_t bytes) override;
+  size_t page_bytes() const override { return device_memory_.page_bytes(); }
   void Upload(const void* host, size_t bytes, void* device) override;
   void Download(const void* device, size_t bytes, void* host) override;
   void Zero(void* device, size_t bytes) override;
@@ -100,6 +105,7 @@ class CudaBackend final : public Backend {
   void Launch(const PendingInput& pending);
   bool IsActivation(const Tensor& t) const { return t.dtype == activation_; }
   bool HasCublas();
+  absl::Status OutOfMemory(std::string_view what, size_t bytes) const;
   void Free(void* data) override;
 
   const DeviceInfo device_;
@@ -108,6 +114,7 @@ class CudaBackend final : public Backend {
   std::thread::id thread_;
   cudaStream_t stream_ = nullptr;
   cuda::LaunchContext context_;
+  cuda::DeviceMemory device_memory_;
   int clusters_[4] = {};  // of 2^i blocks that run at a time
   std::unique_ptr<cuda::Staging> staging_;
   std::unique_ptr<cuda::StepGraphs> graphs_;
@@ -132,6 +139,9 @@ CudaBackend::~CudaBackend() {
 absl::Status CudaBackend::Initialize() {
   thread_ = std::this_thread::get_id();
   if (!fault_.Check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "stream")) {
+    return fault_.status();
+  }
+  if (!fault_.Check(device_memory_.Create(device_.device), "device memory")) {
     return fault_.status();
   }
   staging_ = std::make_unique<cuda::Staging>();
@@ -206,18 +216,49 @@ absl::StatusOr<Buffer> CudaBackend::Allocate(size_t bytes, std::string_view what
   const cudaError_t error = cudaMalloc(&data, std::max<size_t>(bytes, 1));
   if (error == cudaErrorMemoryAllocation) {
     cudaGetLastError();  // it is not sticky and is reported here
-    const MemoryInfo info = memory();
-    return absl::ResourceExhaustedError(absl::StrCat(
-        std::string(what), " needs ", bytes, " bytes (", MiB(bytes), "); ", info.free, " bytes (",
-        MiB(info.free), ") of ", MiB(info.total), " are free on ", device_.name));
+    return OutOfMemory(what, bytes);
   }
   if (!fault_.Check(error, "cudaMalloc")) return fault_.status();
   return Buffer(this, data, bytes);
 }
 
+absl::Status CudaBackend::OutOfMemory(std::string_view what, size_t bytes) const {
+  const MemoryInfo info = memory();
+  return absl::ResourceExhaustedError(absl::StrCat(
+      std::string(what), " needs ", bytes, " bytes (", MiB(bytes), "); ", info.free, " bytes (",
+      MiB(info.free), ") of ", MiB(info.total), " are free on ", device_.name));
+}
+
+absl::StatusOr<Buffer> CudaBackend::Reserve(size_t bytes, std::string_view what) {
+  if (!Enter()) return fault_.status();
+  if (!device_memory_.supported()) return Backend::Reserve(bytes, what);
+  void* data = nullptr;
+  const cudaError_t error = device_memory_.Reserve(bytes, &data);
+  if (error == cudaErrorMemoryAllocation) return OutOfMemory(what, bytes);
+  if (!fault_.Check(error, "reserve")) return fault_.status();
+  return Buffer(this, data, bytes);
+}
+
+absl::Status CudaBackend::Commit(void* at, size_t bytes, std::string_view what) {
+  if (!EnterAlone() || !fault_.Require(!graphs_->capturing(), "Commit inside a step")) {
+    return fault_.status();
+  }
+  const cudaError_t error = device_memory_.Commit(at, bytes);
+  if (error == cudaErrorMemoryAllocation) return OutOfMemory(what, bytes);
+  if (fault_.Check(error, "commit")) Zero(at, bytes);
+  return fault_.status();
+}
+
+void CudaBackend::Decommit(void* at, size_t bytes) {
+  if (!Synchronize().ok()) return;
+  fault_.Check(device_memory_.Decommit(at, bytes), "decommit");
+}
+
 void CudaBackend::Free(void* data) {
   EnterAlone();
   cudaSetDevice(device_.device);
+  cudaStreamSynchronize(stream_);
+  if (device_memory_.Free(data)) return;
   cudaFree(data);  // waits for the device; after a fault its error is the fault's
 }
 

@@ -1,11 +1,13 @@
-// The CPU backend, whose memory for slices that come back can be refused for a while: another
-// process has taken it.
+// A backend whose memory for slices that come back can be refused for a while: another process has
+// taken it.
 #ifndef MOBI_TESTS_ENGINE_REFUSING_BACKEND_H_
 #define MOBI_TESTS_ENGINE_REFUSING_BACKEND_H_
 
 #include <atomic>
 #include <limits>
+#include <memory>
 #include <string_view>
+#include <utility>
 
 #include "absl/status/status.h"
 #include "tests/engine/forwarding_backend.h"
@@ -14,7 +16,7 @@ namespace mobi {
 
 class RefusingBackend final : public ForwardingBackend {
  public:
-  RefusingBackend() : ForwardingBackend(CreateCpuBackend({.num_threads = 2})) {}
+  explicit RefusingBackend(std::unique_ptr<Backend> inner) : ForwardingBackend(std::move(inner)) {}
 
   // After so many more pieces, until it is called again.
   void RefuseAfter(int pieces) { left_ = pieces; }

@@ -1,4 +1,5 @@
-// Planes of slices: what leaves comes back byte for byte, in as many pieces as it takes.
+// Planes of slices: what leaves comes back byte for byte, in as many pieces as it takes. On the
+// CPU, and on CUDA where there is a GPU.
 #include "engine/slice_planes.h"
 
 #include <gtest/gtest.h>
@@ -8,17 +9,22 @@
 
 #include "engine/model.h"
 #include "engine/synthetic_weights.h"
+#include "kernels/create_backend.h"
 #include "tests/engine/refusing_backend.h"
 
 namespace mobi {
 namespace {
 
-class SlicePlanesTest : public testing::Test {
+class SlicePlanesTest : public testing::TestWithParam<std::string> {
  protected:
   void SetUp() override {
+    auto backend = CreateBackend(GetParam(), 2);
+    if (!backend.ok()) GTEST_SKIP() << "NOT RUN: " << backend.status().message();
+    backend_ = std::make_unique<RefusingBackend>(*std::move(backend));
     auto config = ConfigOfShape("llama-3.2-1b");
     ASSERT_TRUE(config.ok());
-    config->num_hidden_layers = 2;
+    // Planes of several of the pieces in which they come back.
+    config->num_hidden_layers = backend_->page_bytes() > (1 << 20) ? 10 : 2;
     config->hidden_size = 1024;
     config->intermediate_size = 4096;
     config->vocab_size = 512;
@@ -36,25 +42,28 @@ class SlicePlanesTest : public testing::Test {
   // Every byte that reading at `level` adds.
   std::vector<uint8_t> Bytes(int level) const {
     std::vector<uint8_t> bytes;
+    const auto add = [&](const void* from, size_t size) {
+      bytes.resize(bytes.size() + size);
+      backend_->Download(from, size, bytes.data() + bytes.size() - size);
+      EXPECT_TRUE(backend_->Synchronize().ok());
+    };
     for (const DecoderLayer& layer : model_->layers()) {
       for (const Linear& linear : layer.linears) {
         const SlicedWeight& w = linear.routed->weight;
-        const auto* scales = reinterpret_cast<const uint8_t*>(w.scales[level - 1]);
-        bytes.insert(bytes.end(), w.slices[level - 1],
-                     w.slices[level - 1] + SliceBytes(w.rows, w.cols));
-        bytes.insert(bytes.end(), scales, scales + ScaleBytes(w.rows, w.cols));
+        add(w.slices[level - 1], SliceBytes(w.rows, w.cols));
+        add(w.scales[level - 1], ScaleBytes(w.rows, w.cols));
       }
     }
     return bytes;
   }
 
-  std::unique_ptr<RefusingBackend> backend_ = std::make_unique<RefusingBackend>();
+  std::unique_ptr<RefusingBackend> backend_;
   std::unique_ptr<SyntheticWeights> weights_;
   std::unique_ptr<Model> model_;
   RealClock clock_;
 };
 
-TEST_F(SlicePlanesTest, WhatComesBackIsWhatLeft) {
+TEST_P(SlicePlanesTest, WhatComesBackIsWhatLeft) {
   SlicePlanes& planes = model_->slice_planes();
   ASSERT_TRUE(planes.can_drop().ok()) << planes.can_drop();
   std::vector<std::vector<uint8_t>> before;
@@ -85,7 +94,7 @@ TEST_F(SlicePlanesTest, WhatComesBackIsWhatLeft) {
   EXPECT_EQ(planes.resident_bytes(), everything);
 }
 
-TEST_F(SlicePlanesTest, MemoryThatIsRefusedHalfWayIsGivenBackAndTheLevelComesLater) {
+TEST_P(SlicePlanesTest, MemoryThatIsRefusedHalfWayIsGivenBackAndTheLevelComesLater) {
   SlicePlanes& planes = model_->slice_planes();
   const std::vector<uint8_t> before = Bytes(kNumLevels), below = Bytes(kNumLevels - 1);
   planes.Drop();
@@ -109,13 +118,16 @@ TEST_F(SlicePlanesTest, MemoryThatIsRefusedHalfWayIsGivenBackAndTheLevelComesLat
   EXPECT_EQ(Bytes(kNumLevels), before);
 }
 
-TEST_F(SlicePlanesTest, ALevelComesBackInOneGoWhereThereIsTime) {
+TEST_P(SlicePlanesTest, ALevelComesBackInOneGoWhereThereIsTime) {
   SlicePlanes& planes = model_->slice_planes();
   planes.Drop();
   const auto done = planes.Restore(clock_, std::chrono::hours(1));
   ASSERT_TRUE(done.ok());
   EXPECT_TRUE(*done);
 }
+
+INSTANTIATE_TEST_SUITE_P(Backends, SlicePlanesTest, testing::Values("cpu", "cuda"),
+                         [](const auto& info) { return info.param; });
 
 }  // namespace
 }  // namespace mobi

@@ -1,15 +1,17 @@
 // Slices that leave under KV pressure: what requests get is what they would have got, whatever is
-// away, and nothing is lost on the way.
+// away, and nothing is lost on the way. On the CPU, and on CUDA where there is a GPU.
 #include "engine/slice_residency.h"
 
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <map>
 #include <random>
 #include <thread>
 
 #include "engine/checkpoint.h"
 #include "engine/step_runner.h"
+#include "kernels/create_backend.h"
 #include "tests/engine/collecting_sink.h"
 #include "tests/engine/gate_sink.h"
 #include "tests/engine/loaded_engine.h"
@@ -54,19 +56,37 @@ class CountingSink final : public TokenSink {
   bool counted_ = false;
 };
 
-class SliceResidencyTest : public testing::Test {
+class SliceResidencyTest : public testing::TestWithParam<std::string> {
  protected:
-  static void SetUpTestSuite() {
-    dir_ = new TempDir();
+  void SetUp() override {
+    auto backend = CreateBackend(GetParam(), 2);
+    if (!backend.ok()) GTEST_SKIP() << "NOT RUN: " << backend.status().message();
+    dir_ = &ModelFor((*backend)->page_bytes());
+  }
+
+  // Slices of one level make blocks for a few requests and not for all, whatever a page holds.
+  static TempDir& ModelFor(size_t page_bytes) {
+    static std::map<bool, TempDir> models;
+    const bool large_pages = page_bytes > (1 << 20);
+    const auto [entry, is_new] = models.try_emplace(large_pages);
+    if (!is_new) return entry->second;
     TestModelOptions model;
     model.hidden_size = 256;
     model.intermediate_size = 1024;
     model.num_key_value_heads = 1;
-    ASSERT_TRUE(WriteTestModels(*dir_, model).ok());
+    if (large_pages) {
+      model.num_hidden_layers = 4;
+      model.num_key_value_heads = 2;
+      model.head_dim = 64;
+    }
+    EXPECT_TRUE(WriteTestModels(entry->second, model).ok());
+    return entry->second;
   }
-  static void TearDownTestSuite() {
-    delete dir_;
-    dir_ = nullptr;
+
+  static std::unique_ptr<Backend> NewBackend() {
+    auto backend = CreateBackend(GetParam(), 2);
+    EXPECT_TRUE(backend.ok()) << backend.status();
+    return *std::move(backend);
   }
 
   // Residency that acts at the second look, so that no test has to wait for it.
@@ -81,8 +101,7 @@ class SliceResidencyTest : public testing::Test {
     return options;
   }
 
-  void Open(const EngineOptions& options,
-            std::unique_ptr<Backend> backend = CreateCpuBackend({.num_threads = 2})) {
+  void Open(const EngineOptions& options, std::unique_ptr<Backend> backend = NewBackend()) {
     engine_ = nullptr;
     loaded_.reset();
     checkpoint_.reset();
@@ -161,18 +180,17 @@ class SliceResidencyTest : public testing::Test {
     EXPECT_EQ(stats.slice_drops, stats.slice_restores);
   }
 
-  static TempDir* dir_;
+  const TempDir* dir_ = nullptr;
   std::unique_ptr<Checkpoint> checkpoint_;  // slices come back from it
   std::unique_ptr<LoadedEngine> loaded_;
   Engine* engine_ = nullptr;
 };
-TempDir* SliceResidencyTest::dir_ = nullptr;
 
 // Steps of routed, capped and pinned sequences on a model of its own.
 class CappedRun {
  public:
-  CappedRun(const Checkpoint& checkpoint, bool coherent)
-      : backend_(CreateCpuBackend({.num_threads = 2})) {
+  CappedRun(const Checkpoint& checkpoint, bool coherent, std::unique_ptr<Backend> backend)
+      : backend_(std::move(backend)) {
     auto model = Model::Load(checkpoint, *backend_, 0, nullptr);
     EXPECT_TRUE(model.ok()) << model.status();
     model_ = *std::move(model);
@@ -230,12 +248,13 @@ class CappedRun {
   std::unique_ptr<StepRunner> runner_;
 };
 
-TEST_F(SliceResidencyTest, DroppedSlicesEqualACapBitForBit) {
+TEST_P(SliceResidencyTest, DroppedSlicesEqualACapBitForBit) {
   auto checkpoint = Checkpoint::Open(dir_->Sub("mobiquant"), {});
   ASSERT_TRUE(checkpoint.ok());
   const RealClock clock;
   for (const bool coherent : {false, true}) {
-    CappedRun whole(*checkpoint, coherent), dropped(*checkpoint, coherent);
+    CappedRun whole(*checkpoint, coherent, NewBackend());
+    CappedRun dropped(*checkpoint, coherent, NewBackend());
     for (int cap = kNumLevels - 1; cap >= 1; --cap) {
       std::vector<GenerationRequest> requests;
       for (int i = 0; i < 4; ++i) requests.push_back(Request(10 * cap + i, 20 + 11 * i, 99));
@@ -256,7 +275,7 @@ TEST_F(SliceResidencyTest, DroppedSlicesEqualACapBitForBit) {
   }
 }
 
-TEST_F(SliceResidencyTest, PressureLendsBlocksAndTheyComeBackWithTheSameTokensThroughout) {
+TEST_P(SliceResidencyTest, PressureLendsBlocksAndTheyComeBackWithTheSameTokensThroughout) {
   std::vector<GenerationRequest> requests;
   for (int i = 0; i < 24; ++i) requests.push_back(AtLevel(Large(i), 1 + i % 2));
   EngineOptions off = Eager();
@@ -282,7 +301,7 @@ TEST_F(SliceResidencyTest, PressureLendsBlocksAndTheyComeBackWithTheSameTokensTh
   }
 }
 
-TEST_F(SliceResidencyTest, ARequestThatNeedsWhatIsAwayGetsIt) {
+TEST_P(SliceResidencyTest, ARequestThatNeedsWhatIsAwayGetsIt) {
   EngineOptions off = Eager();
   off.residency.enabled = false;
   Open(off);
@@ -320,14 +339,14 @@ TEST_F(SliceResidencyTest, ARequestThatNeedsWhatIsAwayGetsIt) {
   ExpectAllComesBack();
 }
 
-TEST_F(SliceResidencyTest, WhileMemoryIsRefusedRequestsAreServedWithoutIt) {
+TEST_P(SliceResidencyTest, WhileMemoryIsRefusedRequestsAreServedWithoutIt) {
   EngineOptions off = Eager();
   off.residency.enabled = false;
   Open(off);
   const GenerationRequest low = AtLevel(Large(60), 1), highest = AtLevel(Large(61), 4);
   const std::vector<int32_t> expected_low = Run(low), expected_highest = Run(highest);
 
-  auto owned = std::make_unique<RefusingBackend>();
+  auto owned = std::make_unique<RefusingBackend>(NewBackend());
   RefusingBackend& backend = *owned;
   Open(Eager(), std::move(owned));
   backend.RefuseAfter(0);
@@ -354,7 +373,7 @@ TEST_F(SliceResidencyTest, WhileMemoryIsRefusedRequestsAreServedWithoutIt) {
   ExpectAllComesBack();
 }
 
-TEST_F(SliceResidencyTest, OffMeansOff) {
+TEST_P(SliceResidencyTest, OffMeansOff) {
   EngineOptions options = Eager();
   options.residency.enabled = false;
   Open(options);
@@ -370,7 +389,7 @@ TEST_F(SliceResidencyTest, OffMeansOff) {
   EXPECT_EQ(stats.num_kv_blocks, kOwnBlocks);
 }
 
-TEST_F(SliceResidencyTest, ThePolicysFloorKeepsItsSlices) {
+TEST_P(SliceResidencyTest, ThePolicysFloorKeepsItsSlices) {
   Open(Eager());
   engine_->SetPrecision({.target_bits = 6.0f, .floor_bits = 4.5f});
   Company company;
@@ -383,7 +402,7 @@ TEST_F(SliceResidencyTest, ThePolicysFloorKeepsItsSlices) {
 }
 
 // Requests of every kind, cancelled at any time, with slices leaving and returning under them.
-TEST_F(SliceResidencyTest, AStormLeaksNothingAndFailsNobody) {
+TEST_P(SliceResidencyTest, AStormLeaksNothingAndFailsNobody) {
   EngineOptions options = Eager();
   options.max_num_batched_tokens = 64;
   options.num_kv_blocks = kOwnBlocks + 5;
@@ -426,7 +445,7 @@ TEST_F(SliceResidencyTest, AStormLeaksNothingAndFailsNobody) {
   RecordProperty("slice_drops", static_cast<int>(engine_->stats().slice_drops));
 }
 
-TEST_F(SliceResidencyTest, BadOptionsAreRefused) {
+TEST_P(SliceResidencyTest, BadOptionsAreRefused) {
   Open(Eager());
   for (int i = 0; i < 4; ++i) {
     EngineOptions options = Eager();
@@ -439,6 +458,9 @@ TEST_F(SliceResidencyTest, BadOptionsAreRefused) {
     EXPECT_EQ(engine.status().code(), absl::StatusCode::kInvalidArgument) << i;
   }
 }
+
+INSTANTIATE_TEST_SUITE_P(Backends, SliceResidencyTest, testing::Values("cpu", "cuda"),
+                         [](const auto& info) { return info.param; });
 
 }  // namespace
 }  // namespace mobi

@@ -1,4 +1,5 @@
-// Memory that comes and goes behind addresses that stay.
+// What the operating system says of memory that comes and goes; what every backend's does is in
+// backend_memory_test.cc.
 #include "kernels/cpu/host_memory.h"
 
 #include <gtest/gtest.h>
@@ -51,31 +52,6 @@ TEST(HostMemory, WhatIsAwayCannotBeReadByMistake) {
   backend->Decommit(reserved->As<std::byte>() + page, page);
   at[page - 1] = 1;
   EXPECT_DEATH(at[page] = 1, "");
-}
-
-TEST(HostMemory, PagesOfSeveralCommitsKeepTheirContents) {
-  const auto backend = CreateCpuBackend({.num_threads = 1});
-  const size_t page = backend->page_bytes();
-  auto reserved = backend->Reserve(16 * page, "test");
-  ASSERT_TRUE(reserved.ok());
-  auto* at = reserved->As<unsigned char>();
-  for (size_t i = 0; i < 16; ++i) {
-    ASSERT_TRUE(backend->Commit(at + i * page, page, "test").ok());
-    std::memset(at + i * page, static_cast<int>(i + 1), page);
-  }
-  for (size_t i = 1; i < 16; i += 2) backend->Decommit(at + i * page, page);
-  for (size_t i = 0; i < 16; i += 2) EXPECT_EQ(at[i * page + 5], i + 1);
-}
-
-TEST(HostMemory, MoreThanThereIsIsRefusedByName) {
-  const auto backend = CreateCpuBackend({.num_threads = 1});
-  const size_t page = backend->page_bytes();
-  const size_t bytes = (HostMemoryInfo().total / page + 1) * page;
-  auto reserved = backend->Reserve(bytes, "the planes");
-  ASSERT_TRUE(reserved.ok()) << "addresses cost nothing: " << reserved.status();
-  const absl::Status status = backend->Commit(reserved->data(), bytes, "the planes");
-  EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
-  EXPECT_NE(std::string(status.message()).find("the planes"), std::string::npos);
 }
 
 }  // namespace

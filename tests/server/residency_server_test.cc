@@ -1,10 +1,12 @@
-// Slice residency as an operator sees it: the real server over the demo model with few KV blocks.
+// Slice residency as an operator sees it: the real server over the demo model with few KV blocks,
+// on the CPU, and on CUDA where there is a GPU.
 #include <atomic>
 #include <thread>
 
 #include "absl/strings/str_cat.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "kernels/create_backend.h"
 #include "tests/paths.h"
 #include "tests/server/server_fixture.h"
 
@@ -13,10 +15,14 @@ namespace {
 
 using ::testing::HasSubstr;
 
-class ResidencyServerTest : public ::testing::Test {
+class ResidencyServerTest : public ::testing::TestWithParam<std::string> {
  protected:
   void SetUp() override {
+    if (auto backend = CreateBackend(GetParam(), 0); !backend.ok()) {
+      GTEST_SKIP() << "NOT RUN: " << backend.status().message();
+    }
     LoadOptions load;
+    load.device = GetParam();
     load.dir = MOBI_SOURCE_DIR "/deploy/demo/checkpoint";
     load.verify_manifest = false;
     load.engine.max_model_len = 128;
@@ -49,7 +55,7 @@ class ResidencyServerTest : public ::testing::Test {
   std::unique_ptr<TestServer> server_;
 };
 
-TEST_F(ResidencyServerTest, SlicesLeaveForKvBlocksAndReturnAndSaySo) {
+TEST_P(ResidencyServerTest, SlicesLeaveForKvBlocksAndReturnAndSaySo) {
   const auto everything = WaitFor([](const auto& status) { return status.resident_bits() == 8; });
   EXPECT_EQ(everything.lent_kv_blocks(), 0);
   std::atomic<bool> stop{false};
@@ -80,6 +86,9 @@ TEST_F(ResidencyServerTest, SlicesLeaveForKvBlocksAndReturnAndSaySo) {
   EXPECT_THAT(metrics, HasSubstr(absl::StrCat("\nmobi_slice_changes_total{change=\"leave\"} ",
                                               back.slice_drops(), "\n")));
 }
+
+INSTANTIATE_TEST_SUITE_P(Backends, ResidencyServerTest, ::testing::Values("cpu", "cuda"),
+                         [](const auto& info) { return info.param; });
 
 }  // namespace
 }  // namespace mobi
