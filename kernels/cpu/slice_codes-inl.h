@@ -134,6 +134,8 @@ struct JoinedTile {
   uint8_t* bytes;  // aligned as vectors are
 
   HWY_INLINE JoinedTile(uint8_t* scratch, const SlicedTile<Level>& tile) : bytes(scratch) {
+    // Unrolled, it would have the compiler keep a whole tile in registers, which it cannot.
+#pragma GCC unroll 1
     for (size_t line = 0; line < kLinesOfTile; ++line) {
       for (size_t part = 0; part < kPartsOfLine; ++part) {
         const CodeBytes codes = tile.Get(line, part);
