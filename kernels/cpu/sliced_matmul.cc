@@ -112,7 +112,7 @@ HWY_NOINLINE void MultiplyOneToken(const SlicedWeight& weight, int64_t tile,
   for (Floats& sum : sums) sum = hn::Zero(d);
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t index = tile * groups + group;
-    hwy::Prefetch(weight.scales[Level - 1] + (index + kTilesAhead) * kTileRows * 2);
+    hwy::Prefetch(weight.scales[Level - 1] + (index + TilesAhead(Level)) * kTileRows * 2);
     const TileScales scales(weight.scales[Level - 1] + index * kTileRows * 2);
     const SlicedTile<Level> codes{weight.slices, index * kTileBytes};
     AddGroup<Level>(codes, scales, inputs, inputs.Index(group, token), sums);
@@ -131,7 +131,7 @@ HWY_NOINLINE void MultiplyTokens(const SlicedWeight& weight, int64_t tile,
   std::fill_n(all_sums, num_tokens * kTileRows, 0.0f);
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t index = tile * groups + group;
-    hwy::Prefetch(weight.scales[Level - 1] + (index + kTilesAhead) * kTileRows * 2);
+    hwy::Prefetch(weight.scales[Level - 1] + (index + TilesAhead(Level)) * kTileRows * 2);
     const TileScales scales(weight.scales[Level - 1] + index * kTileRows * 2);
     const JoinedTile<Level> codes(joined, SlicedTile<Level>{weight.slices, index * kTileBytes});
     for (int t = 0; t < num_tokens; ++t) {
