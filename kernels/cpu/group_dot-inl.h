@@ -192,6 +192,16 @@ HWY_INLINE LineProducts MultiplyLine(const Tile& tile, size_t line, const uint8_
   return sums;
 }
 
+// Sums of upper rows, whose codes lay shifted in their bytes, so they are whole multiples.
+template <class Tile>
+HWY_INLINE Ints Unshift(Ints upper) {
+  if constexpr (Tile::kUpperShift == 0) {
+    return upper;
+  } else {
+    return hn::ShiftRight<Tile::kUpperShift>(upper);
+  }
+}
+
 constexpr size_t kTileVectors = kTileRows / kLanes;
 
 #if HWY_TARGET == HWY_SCALAR
@@ -201,7 +211,7 @@ HWY_INLINE void MultiplyTile(const Tile& tile, const uint8_t* inputs, Ints (&out
   for (size_t line = 0; line < kLinesOfTile; ++line) {
     const LineProducts products = MultiplyLine(tile, line, inputs);
     out[line] = products.lower;
-    out[line + kLinesOfTile] = hn::ShiftRight<Tile::kUpperShift>(products.upper);
+    out[line + kLinesOfTile] = Unshift<Tile>(products.upper);
   }
 }
 #else
@@ -247,9 +257,8 @@ HWY_INLINE LineProducts MultiplyFourLines(const Tile& tile, size_t line, const u
   const LineProducts p1 = MultiplyLine(tile, line + 1, inputs);
   const LineProducts p2 = MultiplyLine(tile, line + 2, inputs);
   const LineProducts p3 = MultiplyLine(tile, line + 3, inputs);
-  const Ints upper = SumBlocks(p0.upper, p1.upper, p2.upper, p3.upper);
   return {SumBlocks(p0.lower, p1.lower, p2.lower, p3.lower),
-          hn::ShiftRight<Tile::kUpperShift>(upper)};
+          Unshift<Tile>(SumBlocks(p0.upper, p1.upper, p2.upper, p3.upper))};
 }
 
 // The products of a tile's rows with a group.
