@@ -1,7 +1,7 @@
-// The inner loops of both matmuls, compiled once per SIMD target: rows of weights against tokens,
-// both along K, and the sum over lanes at the end. An output is one chain of fused multiply-adds
-// per lane in the order of K, then one fixed tree over the lanes, whatever the size of the block it
-// is computed in: this is what makes results independent of the rest of the batch.
+// The inner loops of products in floats, compiled once per SIMD target: rows of weights against
+// tokens, both along K, and the sum over lanes at the end. An output is one chain of fused
+// multiply-adds per lane in the order of K, then one fixed tree over the lanes, whatever the size
+// of the block it is computed in: this is what makes results independent of the rest of the batch.
 // Included by *.cc through foreach_target; no include guard of the usual kind on purpose.
 #if defined(MOBI_KERNELS_CPU_DOT_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef MOBI_KERNELS_CPU_DOT_INL_H_
@@ -20,7 +20,7 @@ namespace mobi::cpu {
 namespace HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-// Vectors of at most 16 floats: a 64-byte line of a slice is 16 words.
+// Vectors of at most 16 floats: a 64-byte line of a slice (slice_codes-inl.h) is 16 words.
 using FloatTag = HWY_CAPPED(float, 16);
 constexpr size_t kLanes = hn::MaxLanes(FloatTag());
 

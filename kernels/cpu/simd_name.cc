@@ -1,3 +1,4 @@
+#define HWY_WANT_AVX3_DL  // the target of sliced_matmul.cc, see there
 #include "kernels/cpu/simd_name.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -11,6 +12,8 @@ namespace HWY_NAMESPACE {
 
 const char* NameOfTarget() {
   switch (HWY_TARGET) {
+    case HWY_AVX3_DL:
+      return "AVX-512 with VNNI";
     case HWY_AVX3:
       return "AVX-512";
     case HWY_SCALAR:

@@ -1,7 +1,8 @@
-// Backend::SlicedMatmul for the CPU: reads only the slices that the tokens' levels ask for, turns
-// codes into floats in registers, and multiplies in fp32. One token is a fused pass over the slices
-// at the speed of memory; many tokens dequantize a block of rows once per level into cache and run
-// a register-blocked product. Both do the same arithmetic in the same order.
+// Backend::SlicedMatmul for the CPU: reads only the slices that the tokens' levels ask for. Inputs
+// are rounded to 16 bits per group of 128 and token; a group's product with the codes is then a sum
+// of whole numbers, scaled and added in fp32 in the order of groups. So a token's result has the
+// same bits in any company, with any number of threads. One token is a pass over the slices at the
+// speed of memory; several join a tile's slices to codes once.
 #ifndef MOBI_KERNELS_CPU_SLICED_MATMUL_H_
 #define MOBI_KERNELS_CPU_SLICED_MATMUL_H_
 

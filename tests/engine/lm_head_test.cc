@@ -121,8 +121,9 @@ TEST(SlicedLmHeadTest, LogitsAreThoseOfEachRowsLevel) {
     ASSERT_TRUE(head.ok()) << head.status();
     for (int i = 0; i < kRows; ++i) {
       const std::vector<double> exact = ExactLogits(*head, levels[i], &hidden[i * 256]);
+      // Of inputs that are rounded to 16 bits.
       for (int v = 0; v < 330; ++v)
-        EXPECT_NEAR(logits[i * 336 + v], exact[v], 2e-4) << i << " " << v;
+        EXPECT_NEAR(logits[i * 336 + v], exact[v], 1e-3) << i << " " << v;
     }
   }
 }

@@ -37,7 +37,15 @@ struct Tolerance {
   double scaled;
 };
 
-enum class Op { kElementwise, kMatmul, kAttention, kLargeScores, kLogprob };
+enum class Op {
+  kElementwise,
+  kMatmul,
+  kSlicedMatmul,
+  kLongPrompt,
+  kAttention,
+  kLargeScores,
+  kLogprob
+};
 Tolerance ToleranceOf(Op op, DType activations);
 
 // A host matrix in any dtype, rows `stride` elements apart; what lies between is poison.
