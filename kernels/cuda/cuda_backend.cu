@@ -18,6 +18,7 @@
 #include "kernels/cuda/device_memory.h"
 #include "kernels/cuda/fault.h"
 #include "kernels/cuda/ops.h"
+#include "kernels/cuda/routed_matmul.h"
 #include "kernels/cuda/sliced_matmul.h"
 #include "kernels/cuda/staging.h"
 #include "kernels/cuda/step_graphs.h"
@@ -83,7 +84,9 @@ class CudaBackend final : public Backend {
                   TopLogprobs* out) override;
 
  private:
-  // An op that waits for the next one, which may be able to do both in one kernel.
+  // Ops that wait for the next one, which may be able to do both in one kernel. A norm or SwiGLU is
+  // taken by the route that follows, that by its matmul, and that by the norm that adds its output
+  // to the residual.
   struct PendingRope {
     Tensor qkv;
     RopeTable rope;
@@ -102,7 +105,9 @@ class CudaBackend final : public Backend {
   bool Enter();
   // The same, and what is pending is launched. Every public method begins with one of the two.
   bool EnterAlone();
-  void Launch(const PendingInput& pending);
+  void LaunchInput(const PendingInput& pending);
+  void LaunchRoute(const cuda::RoutedMatmul& op);
+  cuda::SlicedMatmulLaunch MatmulLaunch() const;
   bool IsActivation(const Tensor& t) const { return t.dtype == activation_; }
   bool HasCublas();
   absl::Status OutOfMemory(std::string_view what, size_t bytes) const;
@@ -118,7 +123,9 @@ class CudaBackend final : public Backend {
   int clusters_[4] = {};  // of 2^i blocks that run at a time
   std::unique_ptr<cuda::Staging> staging_;
   std::unique_ptr<cuda::StepGraphs> graphs_;
-  std::optional<PendingInput> pending_input_;  // at most one of the two is set
+  std::optional<PendingInput> pending_input_;         // at most one of the four is set
+  std::optional<cuda::RoutedMatmul> pending_route_;   // without its output
+  std::optional<cuda::RoutedMatmul> pending_matmul_;  // without its residual
   std::optional<PendingRope> pending_rope_;
   std::optional<StepKey> step_;           // while a step with prompts runs
   std::unique_ptr<cuda::Cublas> cublas_;  // loaded by the first op that can use it
@@ -188,7 +195,7 @@ bool CudaBackend::Enter() {
   return fault_.Check(cudaSetDevice(device_.device), "set device");
 }
 
-void CudaBackend::Launch(const PendingInput& pending) {
+void CudaBackend::LaunchInput(const PendingInput& pending) {
   const cuda::RouteSource& source = pending.source;
   if (source.input == cuda::RouteInput::kSwiGlu) {
     fault_.Check(cuda::LaunchSwiGlu(context_, source.source, pending.x), "SwiGlu");
@@ -201,7 +208,11 @@ void CudaBackend::Launch(const PendingInput& pending) {
 
 bool CudaBackend::EnterAlone() {
   if (!Enter()) return false;
-  if (const auto input = std::exchange(pending_input_, std::nullopt)) Launch(*input);
+  if (const auto input = std::exchange(pending_input_, std::nullopt)) LaunchInput(*input);
+  if (const auto route = std::exchange(pending_route_, std::nullopt)) LaunchRoute(*route);
+  if (const auto matmul = std::exchange(pending_matmul_, std::nullopt)) {
+    fault_.Check(cuda::LaunchRoutedMatmul(MatmulLaunch(), *matmul), "SlicedMatmul");
+  }
   if (const auto rope = std::exchange(pending_rope_, std::nullopt)) {
     fault_.Check(cuda::LaunchRope(context_, rope->qkv, rope->rope, rope->positions, rope->slots,
                                   rope->shape, rope->kv),
@@ -321,6 +332,13 @@ void CudaBackend::RmsNorm(Tensor x, Tensor weight, float eps, Tensor out) {
 }
 
 void CudaBackend::AddRmsNorm(Tensor delta, Tensor weight, float eps, Tensor residual, Tensor out) {
+  if (pending_matmul_.has_value() && delta.data != nullptr &&
+      pending_matmul_->out.data == delta.data && pending_matmul_->out.rows == residual.rows &&
+      pending_matmul_->out.cols == residual.cols && IsActivation(residual) &&
+      residual.data != delta.data) {
+    pending_matmul_->residual = residual;
+    delta = Tensor{};
+  }
   if (!EnterAlone() || out.rows == 0) return;
   if (!fault_.Require(IsActivation(residual) && IsActivation(out) && weight.dtype == DType::kF32 &&
                           out.cols <= cuda::kMaxNormColumns,
@@ -347,13 +365,17 @@ void CudaBackend::Route(Tensor x, const RoutedWeight& linear, const RoutingBatch
                       "Route: types, more than 64 hidden units, or columns not whole groups")) {
     return;
   }
-  fault_.Check(cuda::LaunchRoute(context_, source, x, linear, batch, levels, levels_stride),
+  pending_route_ = {source, x, linear, batch, levels, levels_stride, {}, {}};
+  if (!cuda::CanRouteInMatmul(MatmulLaunch(), source, x, linear)) EnterAlone();
+}
+
+void CudaBackend::LaunchRoute(const cuda::RoutedMatmul& op) {
+  fault_.Check(cuda::LaunchRoute(context_, op.source, op.x, op.linear, op.batch, op.levels,
+                                 op.levels_stride),
                "Route");
 }
 
-void CudaBackend::SlicedMatmul(Tensor x, const SlicedWeight& weight, const uint8_t* levels,
-                               int64_t levels_stride, Tensor out) {
-  if (!EnterAlone() || out.rows == 0) return;
+cuda::SlicedMatmulLaunch CudaBackend::MatmulLaunch() const {
   cuda::SlicedMatmulLaunch launch;
   launch.stream = stream_;
   launch.num_sms = device_.num_sms;
@@ -362,11 +384,26 @@ void CudaBackend::SlicedMatmul(Tensor x, const SlicedWeight& weight, const uint8
   launch.pdl = context_.dependent_launch;
   launch.workspace = context_.scratch;
   launch.workspace_bytes = context_.scratch_bytes;
+  return launch;
+}
+
+void CudaBackend::SlicedMatmul(Tensor x, const SlicedWeight& weight, const uint8_t* levels,
+                               int64_t levels_stride, Tensor out) {
   // Which kernel computes a token depends on its request alone. Logits, which are in fp32, and
   // whatever comes outside of a step: the short one's.
   const bool prompts =
       step_.has_value() && step_->num_tokens == out.rows && out.dtype != DType::kF32;
   const int64_t num_short = prompts ? step_->num_short : out.rows;
+  if (pending_route_.has_value() && pending_route_->x.data == x.data &&
+      pending_route_->levels == levels && pending_route_->x.rows == out.rows &&
+      pending_route_->linear.weight.slices == weight.slices && IsActivation(out) &&
+      num_short == out.rows) {
+    pending_matmul_ = std::exchange(pending_route_, std::nullopt);
+    pending_matmul_->out = out;
+    return;
+  }
+  if (!EnterAlone() || out.rows == 0) return;
+  cuda::SlicedMatmulLaunch launch = MatmulLaunch();
   if (num_short > 0) {
     fault_.Check(cuda::LaunchSlicedMatmul(launch, x.FirstRows(num_short), weight, levels,
                                           levels_stride, out.FirstRows(num_short)),

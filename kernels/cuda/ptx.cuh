@@ -72,6 +72,10 @@ __device__ __forceinline__ void CopyAsync16(uint32_t shared, const void* global)
                : "memory");
 }
 
+__device__ __forceinline__ void CopyAsync4(uint32_t shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(global) : "memory");
+}
+
 __device__ __forceinline__ void CommitCopies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
@@ -145,6 +149,15 @@ __device__ __forceinline__ void StoreClusterAsync(uint32_t address, float2 value
       "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
           address),
       "f"(value.x), "f"(value.y), "r"(barrier)
+      : "memory");
+#endif
+}
+
+__device__ __forceinline__ void StoreClusterAsync(uint32_t address, float value, uint32_t barrier) {
+#if MOBI_SM90
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(address),
+      "f"(value), "r"(barrier)
       : "memory");
 #endif
 }

@@ -4,8 +4,6 @@
 // (compute capability 9.0) they exchange sums through shared memory and finish the tokens between
 // them; without, through scratch, and the block that arrives last finishes the group. The sums'
 // order is the same either way.
-#include <algorithm>
-
 #include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/ops.h"
 #include "kernels/cuda/route.cuh"
@@ -187,7 +185,7 @@ __device__ __forceinline__ void FinishInCluster(const RouteParams& p, int first_
     const int token = tokens.Token(slot);
     const float* losses = &own_losses[slot][segment * kNumLevels];
     if (token >= p.batch.num_coherent) {
-      SetLevel(p, token, segment, ChooseAlone(p, token, segment, losses), s.highest);
+      SetLevel(p, token, segment, ChooseAlone(p, p.batch, token, segment, losses), s);
       continue;
     }
 #pragma unroll
@@ -203,7 +201,7 @@ __device__ __forceinline__ void FinishInCluster(const RouteParams& p, int first_
   __syncthreads();
   if (count == 1 && !several) {  // rank 0 has had the only token
     if (rank != 0) return;
-    if (p.batch.num_coherent > 0) ChooseTogether(p, s.losses[0], s);
+    if (p.batch.num_coherent > 0) ChooseTogether(p, p.batch, s.losses[0], s);
     __syncthreads();
     if (tid == 0) CountBytes(p, s.highest);
     return;
@@ -226,7 +224,7 @@ __device__ __forceinline__ void FinishInCluster(const RouteParams& p, int first_
     }
   }
   __syncthreads();
-  if (p.batch.num_coherent > 0) ChooseTogether(p, several ? p.losses : s.losses[0], s);
+  if (p.batch.num_coherent > 0) ChooseTogether(p, p.batch, several ? p.losses : s.losses[0], s);
   __syncthreads();
   if (tid == 0) CountBytes(p, s.highest);
 }
@@ -257,7 +255,7 @@ __device__ __forceinline__ void FinishAlone(const RouteParams& p, int first_toke
     const int slot = e / p.num_segments, segment = e % p.num_segments, token = first_token + slot;
     const float* losses = &s.losses[slot][segment * kNumLevels];
     if (token >= p.batch.num_coherent) {
-      SetLevel(p, token, segment, ChooseAlone(p, token, segment, losses), s.highest);
+      SetLevel(p, token, segment, ChooseAlone(p, p.batch, token, segment, losses), s);
     } else if (several) {
 #pragma unroll
       for (int k = 0; k < kNumLevels; ++k) {
@@ -273,7 +271,7 @@ __device__ __forceinline__ void FinishAlone(const RouteParams& p, int first_toke
     if (tid < p.num_segments) s.highest[tid] = static_cast<int>(atomicExch(highest + tid, 0));
     __syncthreads();
   }
-  if (p.batch.num_coherent > 0) ChooseTogether(p, several ? p.losses : s.losses[0], s);
+  if (p.batch.num_coherent > 0) ChooseTogether(p, p.batch, several ? p.losses : s.losses[0], s);
   __syncthreads();
   if (tid == 0) CountBytes(p, s.highest);
 }
@@ -296,6 +294,7 @@ __global__ void __launch_bounds__(kRouteThreads)
   Weights weights;
   weights.Fetch(p, first_col, turns);
   LoadRouter(p, s);
+  if (tid < kMaxSegments) s.highest[tid] = 0;
   WaitForPrevious();
   if constexpr (kClusters) ClusterWait();  // every block of the cluster has begun
 
@@ -345,6 +344,7 @@ __global__ void __launch_bounds__(kRouteThreads)
     const float of_token = QuadSum(squares[n]);
     if (t == 0) s.sums[warp][8 * n + g][kWidth - 1] = of_token;
   }
+  ptx::WaitCopies<0>();
   __syncthreads();
   if constexpr (kClusters) {
     FinishInCluster(p, first_token, count, rank, s);
@@ -386,41 +386,12 @@ cudaError_t LaunchInput(const LaunchContext& context, const RouteParams& params)
   return LaunchTiles<T, kInput, 2, 4, true>(context, params);
 }
 
-RouteParams StateRoute(const RoutedWeight& linear, const RoutingBatch& batch, uint8_t* levels,
-                       int64_t levels_stride) {
-  const Router& router = linear.router;
-  const SlicedWeight& weight = linear.weight;
-  RouteParams params{};
-  params.w1 = router.w1.Row<half>(0), params.w1_stride = router.w1.stride;
-  params.b1 = router.b1.Row<float>(0), params.u = router.u.Row<float>(0);
-  params.w2 = router.w2.Row<float>(0), params.w2_stride = router.w2.stride;
-  params.b2 = router.b2.Row<float>(0);
-  params.num_hidden = router.num_hidden;
-  params.cols = static_cast<int>(weight.cols);
-  params.num_segments = weight.num_segments;
-  int64_t begin = 0;
-  for (int s = 0; s < weight.num_segments; ++s) {
-    std::copy(router.bytes[s].begin(), router.bytes[s].end(), params.bytes[s]);
-    const int64_t rows = weight.segment_end[s] - begin;
-    params.tiles[s] = static_cast<uint32_t>(rows / kTileRows * (weight.cols / kGroupSize));
-    begin = weight.segment_end[s];
-  }
-  params.batch = batch;
-  params.levels = levels, params.levels_stride = levels_stride;
-  return params;
-}
-
 }  // namespace
 
 cudaError_t LaunchRoute(const LaunchContext& context, const RouteSource& source, Tensor x,
                         const RoutedWeight& linear, const RoutingBatch& batch, uint8_t* levels,
                         int64_t levels_stride) {
-  RouteParams params = StateRoute(linear, batch, levels, levels_stride);
-  params.x = x.data, params.x_stride = x.stride;
-  params.source = source.source.data, params.source_stride = source.source.stride;
-  params.delta = source.delta.data, params.delta_stride = source.delta.stride;
-  params.norm_weight = static_cast<const float*>(source.norm_weight.data);
-  params.eps = source.eps;
+  const RouteParams params = StateRoute(source, x, linear, batch, levels, levels_stride);
   return WithActivation(x.dtype, [&](auto element) {
     using T = decltype(element);
     switch (source.input) {

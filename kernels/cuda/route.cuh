@@ -1,12 +1,16 @@
 // The end of a router, from the columns' partial products to levels: shared by route.cu's kernel
-// with and without clusters. Runs in one block of kRouteThreads; a token's scores do not depend on
-// the other tokens.
+// with and without clusters and by the matmul that routes by itself
+// (sliced_matmul_decode90_route.cuh). Runs in one block of Shared::kThreads; a token's scores do
+// not depend on the other tokens.
 #ifndef MOBI_KERNELS_CUDA_ROUTE_CUH_
 #define MOBI_KERNELS_CUDA_ROUTE_CUH_
+
+#include <algorithm>
 
 #include "kernels/backend.h"
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/ops.h"
+#include "kernels/cuda/ptx.cuh"
 
 namespace mobi::cuda {
 
@@ -35,6 +39,7 @@ struct RouteParams {
   float* losses;       // [token][score] of coherent tokens, where there are several groups
   uint32_t* counters;  // [group], then blocks done, then the highest level per segment
   // The input x, and what it is made from: see RouteInput.
+  RouteInput input;
   void* x;
   int64_t x_stride;
   void* source;
@@ -59,6 +64,7 @@ struct RouteTokens {
 
 template <int kTokens, int kWidth>
 struct RouteShared {
+  static constexpr int kThreads = kRouteThreads, kSumWidth = kWidth;
   float sums[kRouteWarps][kTokens][kWidth];
   float partials[kRouteRanks][(kTokens + kRouteRanks - 1) / kRouteRanks][kWidth];
   float squares[kRouteRanks][kTokens];
@@ -69,48 +75,67 @@ struct RouteShared {
   float b1[kMaxRouterHidden];
   float u[kMaxRouterHidden];
   int highest[kMaxSegments];  // level that a token of this block reads
-  int pinned[kRouteWarps];
+  int pinned[kThreads / 32];
   double together[kMaxScores];
   int flag;
 };
 
+// Begins the copies; ptx::WaitCopies and a barrier end them.
 template <typename Shared>
 __device__ __forceinline__ void LoadRouter(const RouteParams& p, Shared& s) {
   const int tid = static_cast<int>(threadIdx.x), scores = p.num_segments * kNumLevels;
-  for (int i = tid; i < scores * p.num_hidden; i += kRouteThreads) {
-    s.w2[i / p.num_hidden][i % p.num_hidden] =
-        p.w2[(i / p.num_hidden) * p.w2_stride + i % p.num_hidden];
+  for (int i = tid; i < scores * p.num_hidden; i += Shared::kThreads) {
+    const int score = i / p.num_hidden, h = i % p.num_hidden;
+    ptx::CopyAsync4(ptx::SharedAddress(&s.w2[score][h]), p.w2 + score * p.w2_stride + h);
   }
-  if (tid < p.num_hidden) s.b1[tid] = p.b1[tid], s.u[tid] = p.u[tid];
-  if (tid < scores) s.b2[tid] = p.b2[tid];
-  if (tid < kMaxSegments) s.highest[tid] = 0;
+  if (tid < p.num_hidden) {
+    ptx::CopyAsync4(ptx::SharedAddress(s.b1 + tid), p.b1 + tid);
+    ptx::CopyAsync4(ptx::SharedAddress(s.u + tid), p.u + tid);
+  }
+  if (tid < scores) ptx::CopyAsync4(ptx::SharedAddress(s.b2 + tid), p.b2 + tid);
+  ptx::CommitCopies();
+}
+
+// A hidden unit from its sum over the columns and the sum of x's squares.
+__device__ __forceinline__ float HiddenUnit(float sum, float b1, float u, float squares, int cols) {
+  const float log_rms = 0.5f * logf(squares / static_cast<float>(cols));
+  const float value = sum + b1 + u * log_rms;
+  return value / (1.0f + expf(-value));
+}
+
+// A score by eight lanes that follow one another; each takes every eighth hidden unit.
+template <int kMaxHidden>
+__device__ __forceinline__ float Score(const float* w2, const float* hidden, int num_hidden,
+                                       bool valid) {
+  float score = 0;
+#pragma unroll
+  for (int i = 0; i < kMaxHidden; i += 8) {
+    const int h = i + static_cast<int>(threadIdx.x) % 8;
+    if (valid && h < num_hidden) score = fmaf(w2[h], hidden[h], score);
+  }
+  score = QuadSum(score);
+  return score + __shfl_xor_sync(kFullWarp, score, 4);
 }
 
 // s.sums[0][slot] (W1 x and the sum of squares) -> losses[slot][score] = exp(score).
-template <int kTokens, int kWidth>
-__device__ __forceinline__ void ScoreTokens(const RouteParams& p, int slots,
-                                            RouteShared<kTokens, kWidth>& s,
+template <typename Shared>
+__device__ __forceinline__ void ScoreTokens(const RouteParams& p, int slots, Shared& s,
                                             float (*losses)[kMaxScores]) {
+  constexpr int kThreads = Shared::kThreads;
   const int tid = static_cast<int>(threadIdx.x);
   auto& sums = s.sums[0];
-  for (int e = tid; e < slots * p.num_hidden; e += kRouteThreads) {
+  for (int e = tid; e < slots * p.num_hidden; e += kThreads) {
     const int slot = e / p.num_hidden, h = e % p.num_hidden;
-    const float log_rms = 0.5f * logf(sums[slot][kWidth - 1] / static_cast<float>(p.cols));
-    const float value = sums[slot][h] + s.b1[h] + s.u[h] * log_rms;
-    sums[slot][h] = value / (1.0f + expf(-value));
+    sums[slot][h] =
+        HiddenUnit(sums[slot][h], s.b1[h], s.u[h], sums[slot][Shared::kSumWidth - 1], p.cols);
   }
   __syncthreads();
-  // Eight lanes to a score: each takes every eighth hidden unit.
-  const int scores = p.num_segments * kNumLevels, part = tid % 8;
-  for (int first = 0; first < slots * scores; first += kRouteThreads / 8) {
+  const int scores = p.num_segments * kNumLevels;
+  for (int first = 0; first < slots * scores; first += kThreads / 8) {
     const int e = first + tid / 8, slot = e / scores, at = e % scores;
-    float score = 0;
-    if (e < slots * scores) {
-      for (int h = part; h < p.num_hidden; h += 8) score = fmaf(s.w2[at][h], sums[slot][h], score);
-    }
-    score = QuadSum(score);
-    score += __shfl_xor_sync(kFullWarp, score, 4);
-    if (e < slots * scores && part == 0) losses[slot][at] = expf(score + s.b2[at]);
+    const bool valid = e < slots * scores;
+    const float score = Score<kMaxRouterHidden>(s.w2[at], sums[slot], p.num_hidden, valid);
+    if (valid && tid % 8 == 0) losses[slot][at] = expf(score + s.b2[at]);
   }
   __syncthreads();
 }
@@ -136,50 +161,58 @@ __device__ __forceinline__ bool AllFinite(const float* losses) {
 }
 
 // The choice of one token for one segment on its own.
-__device__ __forceinline__ int ChooseAlone(const RouteParams& p, int token, int segment,
-                                           const float* losses) {
-  const int lowest = p.batch.min_level[token], highest = p.batch.max_level[token];
+__device__ __forceinline__ int ChooseAlone(const RouteParams& p, const RoutingBatch& batch,
+                                           int token, int segment, const float* losses) {
+  const int lowest = batch.min_level[token], highest = batch.max_level[token];
   if (!AllFinite(losses)) return highest;
   double cost[kNumLevels];
 #pragma unroll
   for (int k = 0; k < kNumLevels; ++k) {
-    cost[k] = losses[k] + static_cast<double>(p.batch.price[token]) * p.bytes[segment][k];
+    cost[k] = losses[k] + static_cast<double>(batch.price[token]) * p.bytes[segment][k];
   }
   return Cheapest(cost, lowest, highest);
 }
 
-__device__ __forceinline__ void SetLevel(const RouteParams& p, int token, int segment, int level,
-                                         int* highest) {
+// What the other kernels and the host see of a choice.
+__device__ __forceinline__ void PublishLevel(const RouteParams& p, int token, int segment,
+                                             int level) {
   p.levels[segment * p.levels_stride + token] = static_cast<uint8_t>(level);
-  atomicMax(highest + segment, level);
   atomicAdd(p.batch.level_tiles + token, level * p.tiles[segment]);
+}
+
+template <int kTokens, int kWidth>
+__device__ __forceinline__ void SetLevel(const RouteParams& p, int token, int segment, int level,
+                                         RouteShared<kTokens, kWidth>& s) {
+  PublishLevel(p, token, segment, level);
+  atomicMax(s.highest + segment, level);
 }
 
 // The coherent tokens' shared level per segment, and their own after clamping. losses
 // [token][score].
 template <typename Shared>
-__device__ __forceinline__ void ChooseTogether(const RouteParams& p, const float* losses,
-                                               Shared& s) {
+__device__ __forceinline__ void ChooseTogether(const RouteParams& p, const RoutingBatch& batch,
+                                               const float* losses, Shared& s) {
+  constexpr int kThreads = Shared::kThreads;
   const int tid = static_cast<int>(threadIdx.x);
   int pinned = 0;  // the highest level that is read whatever the others choose
-  for (int i = tid; i < p.batch.num_tokens; i += kRouteThreads) {
-    if (p.batch.min_level[i] == p.batch.max_level[i]) pinned = max(pinned, p.batch.max_level[i]);
+  for (int i = tid; i < batch.num_tokens; i += kThreads) {
+    if (batch.min_level[i] == batch.max_level[i]) pinned = max(pinned, batch.max_level[i]);
   }
   pinned = static_cast<int>(__reduce_max_sync(kFullWarp, static_cast<uint32_t>(pinned)));
   if (tid % 32 == 0) s.pinned[tid / 32] = pinned;
   __syncthreads();
 #pragma unroll
-  for (int w = 0; w < kRouteWarps; ++w) pinned = max(pinned, s.pinned[w]);
+  for (int w = 0; w < kThreads / 32; ++w) pinned = max(pinned, s.pinned[w]);
   // Sixteen lanes to a score: each adds every sixteenth token.
   constexpr int kLanes = 16;
   const int at = tid / kLanes, part = tid % kLanes, scores = p.num_segments * kNumLevels;
   double sum = 0;
   if (at < scores) {
     const int first = at / kNumLevels * kNumLevels;
-    for (int i = part; i < p.batch.num_coherent; i += kLanes) {
+    for (int i = part; i < batch.num_coherent; i += kLanes) {
       const float* of_token = losses + i * kMaxScores;
-      if (p.batch.min_level[i] == p.batch.max_level[i] || !AllFinite(of_token + first)) continue;
-      sum += static_cast<double>(of_token[at]) / p.batch.price[i];
+      if (batch.min_level[i] == batch.max_level[i] || !AllFinite(of_token + first)) continue;
+      sum += static_cast<double>(of_token[at]) / batch.price[i];
     }
   }
 #pragma unroll
@@ -192,16 +225,16 @@ __device__ __forceinline__ void ChooseTogether(const RouteParams& p, const float
     s.together[at] = sum + (k < pinned ? 0.0 : p.bytes[segment][k] - paid);
   }
   __syncthreads();
-  for (int e = tid; e < p.batch.num_coherent * p.num_segments; e += kRouteThreads) {
+  for (int e = tid; e < batch.num_coherent * p.num_segments; e += kThreads) {
     const int token = e / p.num_segments, segment = e % p.num_segments;
     double cost[kNumLevels];
 #pragma unroll
     for (int k = 0; k < kNumLevels; ++k) cost[k] = s.together[segment * kNumLevels + k];
-    const int lowest = p.batch.min_level[token], highest = p.batch.max_level[token];
+    const int lowest = batch.min_level[token], highest = batch.max_level[token];
     const bool finite = AllFinite(losses + token * kMaxScores + segment * kNumLevels);
     const int shared = Cheapest(cost, 1, kNumLevels);
     const int level = finite ? min(max(shared, lowest), highest) : highest;
-    SetLevel(p, token, segment, level, s.highest);
+    SetLevel(p, token, segment, level, s);
   }
 }
 
@@ -211,7 +244,40 @@ __device__ __forceinline__ void CountBytes(const RouteParams& p, const int* high
   for (int segment = 0; segment < p.num_segments; ++segment) {
     bytes += static_cast<uint64_t>(p.bytes[segment][highest[segment] - 1]);
   }
-  *p.batch.loaded_bytes += bytes;
+  static_assert(sizeof(unsigned long long) == sizeof(uint64_t));
+  atomicAdd(reinterpret_cast<unsigned long long*>(p.batch.loaded_bytes), bytes);  // waits for none
+}
+
+// Host side: all of the parameters but scratch.
+inline RouteParams StateRoute(const RouteSource& source, const Tensor& x,
+                              const RoutedWeight& linear, const RoutingBatch& batch,
+                              uint8_t* levels, int64_t levels_stride) {
+  const Router& router = linear.router;
+  const SlicedWeight& weight = linear.weight;
+  RouteParams params{};
+  params.w1 = router.w1.Row<half>(0), params.w1_stride = router.w1.stride;
+  params.b1 = router.b1.Row<float>(0), params.u = router.u.Row<float>(0);
+  params.w2 = router.w2.Row<float>(0), params.w2_stride = router.w2.stride;
+  params.b2 = router.b2.Row<float>(0);
+  params.num_hidden = router.num_hidden;
+  params.cols = static_cast<int>(weight.cols);
+  params.num_segments = weight.num_segments;
+  int64_t begin = 0;
+  for (int s = 0; s < weight.num_segments; ++s) {
+    std::copy(router.bytes[s].begin(), router.bytes[s].end(), params.bytes[s]);
+    const int64_t rows = weight.segment_end[s] - begin;
+    params.tiles[s] = static_cast<uint32_t>(rows / kTileRows * (weight.cols / kGroupSize));
+    begin = weight.segment_end[s];
+  }
+  params.batch = batch;
+  params.levels = levels, params.levels_stride = levels_stride;
+  params.input = source.input;
+  params.x = x.data, params.x_stride = x.stride;
+  params.source = source.source.data, params.source_stride = source.source.stride;
+  params.delta = source.delta.data, params.delta_stride = source.delta.stride;
+  params.norm_weight = static_cast<const float*>(source.norm_weight.data);
+  params.eps = source.eps;
+  return params;
 }
 
 }  // namespace mobi::cuda

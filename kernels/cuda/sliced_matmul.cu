@@ -36,9 +36,12 @@ bool Valid(const Tensor& x, const SlicedWeight& weight, const Tensor& out) {
          x.rows == out.rows && x.rows <= INT32_MAX && x.stride % 8 == 0 && Aligned(x.data, 16);
 }
 
-SlicedProblem StateProblem(const Tensor& x, const SlicedWeight& weight, const uint8_t* levels,
-                           int64_t levels_stride, const Tensor& out) {
-  SlicedProblem problem;
+}  // namespace
+
+bool StateProblem(const Tensor& x, const SlicedWeight& weight, const uint8_t* levels,
+                  int64_t levels_stride, const Tensor& out, SlicedProblem* to) {
+  if (!Valid(x, weight, out)) return false;
+  SlicedProblem& problem = *to;
   for (int s = 0; s < kNumSlices; ++s) {
     problem.slices[s] = reinterpret_cast<const uint4*>(weight.slices[s]);
     problem.scales[s] = reinterpret_cast<const uint4*>(weight.scales[s]);
@@ -58,10 +61,8 @@ SlicedProblem StateProblem(const Tensor& x, const SlicedWeight& weight, const ui
   problem.out = out.data;
   problem.out_stride = out.stride;
   problem.out_type = out.dtype;
-  return problem;
+  return true;
 }
-
-}  // namespace
 
 SlicedProblem TokensOf(const SlicedProblem& problem, int first, int count) {
   SlicedProblem some = problem;
@@ -77,8 +78,8 @@ cudaError_t LaunchSlicedMatmul(const SlicedMatmulLaunch& launch, const Tensor& x
                                const SlicedWeight& weight, const uint8_t* levels,
                                int64_t levels_stride, const Tensor& out) {
   if (x.rows == 0) return cudaSuccess;
-  if (!Valid(x, weight, out)) return cudaErrorInvalidValue;
-  const SlicedProblem problem = StateProblem(x, weight, levels, levels_stride, out);
+  SlicedProblem problem;
+  if (!StateProblem(x, weight, levels, levels_stride, out, &problem)) return cudaErrorInvalidValue;
   const bool prefill = launch.path == SlicedMatmulPath::kPrefill && launch.compute_capability == 90;
   return prefill ? LaunchSlicedPrefill(launch, problem, x.dtype)
                  : LaunchSlicedDecode(launch, problem, x.dtype);

@@ -9,42 +9,7 @@
 namespace mobi::cuda {
 namespace {
 
-constexpr int kSharedBytes = 227 * 1024;  // of a block that has a multiprocessor for itself
-constexpr int kFewestStages = 2;
-
 int CeilDiv(int a, int b) { return (a + b - 1) / b; }
-
-// Lays out shared memory for plan.stages.
-template <int N, int W>
-void LayOut(int groups, Decode90Plan& plan) {
-  int at = 0;
-  const auto take = [&at](int bytes) {
-    const int begin = at;
-    at += (bytes + 127) / 128 * 128;
-    return begin;
-  };
-  const int parts = 1 << plan.parts_log;
-  take(groups * N * kGroupSize * 2);
-  plan.ring = take(4 * W * plan.stages * kWarpStageBytes);
-  plan.sums = take(groups * N * 4);
-  plan.bias = take(groups * N * 8);
-  plan.unit = take(groups * N * 4);
-  plan.buffers = take(plan.round_units * 2 * kParts * parts * kChunkRows * N * 4);
-  plan.levels = take(kMaxSegments * N);
-  plan.barriers = take((4 * W * kMaxStages + 2 * W) * 8);
-  plan.shared_bytes = at;
-}
-
-// As many stages as fit.
-template <int N, int W>
-bool FitShared(const SlicedProblem& problem, Decode90Plan& plan) {
-  const int groups = CeilDiv(problem.groups << plan.parts_log, kParts);
-  for (plan.stages = kMaxStages; plan.stages >= kFewestStages; --plan.stages) {
-    LayOut<N, W>(groups, plan);
-    if (plan.shared_bytes <= kSharedBytes) return true;
-  }
-  return false;
-}
 
 // Clusters per block of tokens: all at once, so that weights are read once, unless that leaves a
 // quarter of the machine idle.
@@ -66,39 +31,17 @@ bool MakePlan(const SlicedMatmulLaunch& launch, const SlicedProblem& problem, in
     const int resident = launch.clusters[kPartsLog - parts_log];
     Decode90Plan plan;
     plan.parts_log = parts_log;
-    plan.round_units = W >> parts_log;
     while (2 << plan.pairs_log < std::min(problem.num_tokens, N)) ++plan.pairs_log;
     const int count = CountClusters(resident, token_blocks, units);
-    plan.run_units = units / count;
-    plan.long_runs = units % count;
-    plan.rounds = CeilDiv(plan.run_units, plan.round_units);
-    plan.long_rounds = CeilDiv(plan.run_units + 1, plan.round_units);
+    CutRows<W>(units, count, plan);
     const int waves = CeilDiv(token_blocks * count, resident);
     const int most = waves * CeilDiv(units, count) << parts_log;
-    if (!FitShared<N, W>(problem, plan) || (least > 0 && most >= least)) continue;
+    if (!FitShared<N, W>(problem, 0, plan) || (least > 0 && most >= least)) continue;
     least = most;
     best = plan;
     *clusters = count;
   }
   return least > 0;
-}
-
-template <int N, int W, bool kBf16>
-cudaLaunchConfig_t Configure(const SlicedMatmulLaunch& launch, const Decode90Plan& plan,
-                             int clusters, int token_blocks, cudaLaunchAttribute* attributes) {
-  const unsigned size = kParts >> plan.parts_log;
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {size, 1, 1};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(clusters * size, token_blocks);
-  config.blockDim = dim3(128 * W);
-  config.dynamicSmemBytes = plan.shared_bytes;
-  config.stream = launch.stream;
-  config.attrs = attributes;
-  config.numAttrs = launch.pdl ? 2 : 1;
-  return config;
 }
 
 template <int N, int W, bool kBf16>
@@ -110,7 +53,7 @@ cudaError_t LaunchKernel(const SlicedMatmulLaunch& launch, const SlicedProblem& 
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attributes[2] = {};
   const cudaLaunchConfig_t config =
-      Configure<N, W, kBf16>(launch, plan, clusters, CeilDiv(problem.num_tokens, N), attributes);
+      Configure(launch, plan, clusters, CeilDiv(problem.num_tokens, N), 128 * W, attributes);
   return cudaLaunchKernelEx(&config, kernel, problem, plan);
 }
 
@@ -143,7 +86,7 @@ cudaError_t FindClusterLimits(int compute_capability, int num_sms, int (&cluster
     plan.shared_bytes = kSharedBytes;
     cudaLaunchAttribute attributes[2] = {};
     const cudaLaunchConfig_t config =
-        Configure<64, 3, false>(launch, plan, num_sms >> log, 1, attributes);
+        Configure(launch, plan, num_sms >> log, 1, 128 * 3, attributes);
     error = cudaOccupancyMaxActiveClusters(&clusters[log], kernel, &config);
   }
   return error;

@@ -3,9 +3,9 @@
 //
 // Work. A cluster of blocks takes a run of units of 64 rows; each block has one part of the columns
 // or a few, whose x stays in shared memory. A block's warpgroups take units and parts by turns.
-// Each warp streams its 16 rows through a ring of its own by bulk copies and unpacks them into
-// fragments; the warpgroup multiplies them by N tokens in shared memory (wgmma). The parts' sums go
-// straight into the memory of the block that adds them.
+// Each warp streams its 16 rows through a ring of its own by bulk copies, unpacks them into
+// fragments and multiplies them by N tokens in shared memory: with its warpgroup (wgmma), or, for
+// N = 8, by itself (mma). The parts' sums go straight into the memory of the block that adds them.
 //
 // Sum of one output: that of sliced_matmul_decode.cuh. A chain of eight wgmma gives the bits of a
 // chain of eight mma (sliced-bench and the op tests check it), and N does not matter, so a token's
@@ -63,6 +63,7 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16> {
 
   uint32_t present;        // 4 bits per segment: levels that occur among the tokens
   uint32_t ring, barrier;  // this warp's, shared addresses
+  uint32_t x_at[8];        // for mma: this lane's word of each 16-byte chunk of half a group
   // The walk of the loads.
   int fill_round, fill_left, fill_stage;
   uint32_t fill_at;
@@ -76,6 +77,8 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16> {
     present = 0;
     ring = ptx::SharedAddress(shared) + plan.ring + warp * plan.stages * kWarpStageBytes;
     barrier = ptx::SharedAddress(shared) + plan.barriers + warp * kMaxStages * 8;
+#pragma unroll
+    for (int c = 0; c < 8; ++c) x_at[c] = lane / 4 * 128 + ((c ^ lane / 4) << 4) + lane % 4 * 4;
   }
 
   // ---- Levels.
@@ -95,13 +98,14 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16> {
   // ---- What happens before the previous kernel has ended.
 
   __device__ __forceinline__ void Prepare() {
+    if (lane < plan.stages) ptx::BarrierInit(barrier + lane * 8, 1);
+    if (warp == 0) {
+      for (int i = lane; i < plan.round_buffers * W; i += 32)
+        ptx::BarrierInit(SumsBarrier(i, 0), 1);
+    }
+    ptx::FenceBarrierInit();
+    ptx::FenceAsyncProxy();
     if (lane == 0) {
-      for (int i = 0; i < plan.stages; ++i) ptx::BarrierInit(barrier + i * 8, 1);
-      if (warp == 0) {
-        for (int i = 0; i < 2 * W; ++i) ptx::BarrierInit(SumsBarrier(i % 2, i / 2), 1);
-      }
-      ptx::FenceBarrierInit();
-      ptx::FenceAsyncProxy();
       for (int round = 0, left = kPrefetchBytes; round < MyRounds() && left > 0; ++round) {
         const int bytes = min((end - begin) * kTileBytes, left);
         ptx::BulkPrefetch(p.slices[0] + size_t{FirstOf(round)} * 32, bytes);
@@ -215,10 +219,32 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16> {
 
   // ---- Products.
 
+  static constexpr bool kByMma = N == 8;
+
+  // At most `pending` halves are still being multiplied. An mma's result is waited for by its use.
+  template <int pending>
+  static __device__ __forceinline__ void AwaitProducts() {
+    if constexpr (!kByMma) ptx::WgmmaWait<pending>();
+  }
+
   // d = the first or second half of a group's columns, added.
   template <int half>
   __device__ __forceinline__ void MultiplyHalf(float (&d)[4 * NT], const uint32_t (&a)[16],
                                                int group) const {
+    if constexpr (kByMma) {
+      const uint8_t* const from = shared + (2 * group + half) * (N * 128);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const uint32_t low = *reinterpret_cast<const uint32_t*>(from + x_at[2 * k]);
+        const uint32_t high = *reinterpret_cast<const uint32_t*>(from + x_at[2 * k + 1]);
+        if (half == 0 && k == 0) {
+          ptx::MmaFromZero(d, a, low, high);
+        } else {
+          ptx::Mma(d, a + 4 * k, low, high);
+        }
+      }
+      return;
+    }
     const uint64_t b = XOperand(group, half);
     ptx::WgmmaFence();
 #pragma unroll
@@ -335,11 +361,11 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16> {
         Words<level> words;
         Take<level>(from, i, words);
         uint32_t a[16], b[16];
-        ptx::WgmmaWait<1>();  // the first half before this one has read its fragments
+        AwaitProducts<1>();  // the first half before this one has read its fragments
         UnpackHalf<level, 0>(words.slices, a);
         OfX x;
         this->template LoadAhead<level == 1>(before, x);
-        ptx::WgmmaWait<0>();
+        AwaitProducts<0>();
         if (g > begin || round > 0) PromoteAll<level>(before, d, pairs, nullptr, x, y);
         if (g == begin && round > 0) Finish(round - 1, y);
         MultiplyHalf<0>(d, a, g);
@@ -353,7 +379,7 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16> {
         }
       }
     }
-    ptx::WgmmaWait<0>();
+    AwaitProducts<0>();
     if (my_rounds > 0) {
       OfX x;
       this->template LoadAhead<level == 1>(end - 1, x);
@@ -406,7 +432,7 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16> {
     const half2 pairs[2] = {LoadPair(from, level - 1, 0), LoadPair(from, level - 1, 1)};
     OfX x;
     this->template LoadAhead<level == 1>(g, x);
-    ptx::WgmmaWait<0>();
+    AwaitProducts<0>();
     PromoteAll<level>(g, d, pairs, own_levels, x, y);
   }
 };
@@ -422,8 +448,7 @@ __global__ void __launch_bounds__(128 * W, 1)
   DecodeWarp90<N, W, kBf16> self(p, plan, shared);
   self.Prepare();
   __syncthreads();
-  self.Expect(0);
-  self.Expect(1);
+  self.ExpectFirst();
   ptx::ClusterArriveRelaxed();  // this block's barriers are ready: Finish waits for all
   ptx::WaitForPrevious();
   uint4 v[self.kBatch];

@@ -1,7 +1,8 @@
 // Exchange of the parts' sums in the decode path on compute capability 9.0, once a round. Each
-// block of the cluster adds the parts of its rows of a unit, chunks of eight. Rounds take turns
-// with two buffers, [unit of the round][round % 2][part][chunk][8 x N]; a barrier in shared memory
-// counts the bytes that arrive. The cluster's barrier frees buffers: a thread arrives at it when it
+// block of the cluster adds the parts of its rows of a unit, chunks of eight. Buffers are
+// [unit of the round][buffer][part][chunk][8 x N]; a barrier in shared memory counts the bytes that
+// arrive. Where memory allows, every round has a buffer, and all are added at the end. Otherwise
+// rounds take turns with two, and the cluster's barrier frees them: a thread arrives at it when it
 // has added the round before.
 #ifndef MOBI_KERNELS_CUDA_SLICED_MATMUL_DECODE90_EXCHANGE_CUH_
 #define MOBI_KERNELS_CUDA_SLICED_MATMUL_DECODE90_EXCHANGE_CUH_
@@ -27,15 +28,18 @@ struct Decode90Exchange : Decode90Place {
   int add_from, add_token, add_row;
 
   __device__ __forceinline__ int PartBytes() const { return kChunkFloats * 4 << plan.parts_log; }
-  __device__ __forceinline__ uint32_t SumsBarrier(int odd, int of_slot) const {
+  __device__ __forceinline__ uint32_t SumsBarrier(int buffer, int of_slot) const {
     return ptx::SharedAddress(shared) + plan.barriers +
-           (kWarps * kMaxStages + of_slot * 2 + odd) * 8;
+           (kWarps * kMaxStages + of_slot * plan.round_buffers + buffer) * 8;
+  }
+  __device__ __forceinline__ int BufferOf(int round) const {
+    return plan.one_each ? round : round & 1;
   }
 
   __device__ __forceinline__ Decode90Exchange(const SlicedProblem& p, const Decode90Plan& plan,
                                               uint8_t* shared)
       : Decode90Place(p, plan, shared, N) {
-    const int buffer = plan.buffers + slot * 2 * kParts * PartBytes();
+    const int buffer = plan.buffers + slot * plan.round_buffers * kParts * PartBytes();
     const uint32_t to = ptx::SharedAddress(shared) + buffer + part * PartBytes();
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -59,17 +63,23 @@ struct Decode90Exchange : Decode90Place {
             4;
   }
 
+  // Before the first round.
+  __device__ __forceinline__ void ExpectFirst() const {
+#pragma unroll 1
+    for (int round = 0; round < plan.round_buffers; ++round) Expect(round);
+  }
+
   // Lets the round's barrier wait for all parts. One thread per unit.
   __device__ __forceinline__ void Expect(int round) const {
     if (threadIdx.x == slot * (128 << plan.parts_log) && round < MyRounds()) {
-      ptx::BarrierArriveExpecting(SumsBarrier(round & 1, slot), kParts * PartBytes());
+      ptx::BarrierArriveExpecting(SumsBarrier(BufferOf(round), slot), kParts * PartBytes());
     }
   }
 
   // Sends the sums of a round on their way and clears them.
   __device__ __forceinline__ void Finish(int round, float (&y)[NT][4]) const {
-    ptx::ClusterWait();
-    const uint32_t other = (round & 1) * kParts * PartBytes(), bar = (round & 1) * 8;
+    if (round == 0 || !plan.one_each) ptx::ClusterWait();
+    const uint32_t other = BufferOf(round) * kParts * PartBytes(), bar = BufferOf(round) * 8;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       if constexpr (NT == 1) {
@@ -87,12 +97,19 @@ struct Decode90Exchange : Decode90Place {
     }
 #pragma unroll
     for (int j = 0; j < NT; ++j) y[j][0] = y[j][1] = y[j][2] = y[j][3] = 0;
+    if (plan.one_each) return;
     if (round > 0) Add(round - 1);
     if (round + 1 < rounds) ptx::ClusterArriveRelaxed();
   }
 
   // What is left after this warpgroup's last unit.
   __device__ __forceinline__ void FinishAll() const {
+    if (plan.one_each) {
+      if (MyRounds() == 0) ptx::ClusterWait();
+#pragma unroll 1
+      for (int round = 0; round < MyRounds(); ++round) Add(round);
+      return;
+    }
     if (!HasUnit(rounds - 1)) {
       ptx::ClusterWait();
       if (rounds == 1) return;
@@ -104,10 +121,14 @@ struct Decode90Exchange : Decode90Place {
 
   // Adds the parts of this block's rows of the unit and stores them.
   __device__ __forceinline__ void Add(int round) const {
-    ptx::BarrierWait(SumsBarrier(round & 1, slot), round >> 1 & 1);
     const int row = UnitOf(round) * kUnitRows + add_row;
+    float residual[kAddRows];
+    if (p.residual != nullptr && row < p.rows) {  // before the wait, to save a round trip
+      LoadResidual<kAddRows>(p, first_token + add_token, row, residual);
+    }
+    ptx::BarrierWait(SumsBarrier(BufferOf(round), slot), plan.one_each ? 0 : round >> 1 & 1);
     if (row < p.rows) {
-      const uint8_t* const from = shared + add_from + (round & 1) * kParts * PartBytes();
+      const uint8_t* const from = shared + add_from + BufferOf(round) * kParts * PartBytes();
       float sum[kAddRows];
 #pragma unroll
       for (int r = 0; r < kAddRows; ++r) {
@@ -119,8 +140,11 @@ struct Decode90Exchange : Decode90Place {
         sum[r] = SumOfParts(value);
       }
       StoreRows<kAddRows>(p, first_token + add_token, row, sum);
+      if (p.residual != nullptr) {
+        AddToResidual<kAddRows>(p, first_token + add_token, row, residual, sum);
+      }
     }
-    Expect(round + 2);
+    if (!plan.one_each) Expect(round + 2);
   }
 };
 

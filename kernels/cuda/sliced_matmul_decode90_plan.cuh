@@ -28,12 +28,90 @@ struct Decode90Plan {
   int run_units = 0, long_runs = 0;  // units per cluster; the first long_runs have one more
   int round_units = 0;               // that the block's warpgroups have at a time
   int rounds = 0, long_rounds = 0;   // of a short and of a long run
+  int round_buffers = 2;             // for exchanges, of each unit of a round
+  bool one_each = false;             // round_buffers are as many as rounds
   int pairs_log = 0;                 // 2^pairs_log pairs of tokens are staged
   int stages = 0;                    // of a warp's ring
   // Offsets in shared memory; x is at 0.
   int ring = 0, sums = 0, bias = 0, unit = 0, buffers = 0, levels = 0, barriers = 0;
+  int head = 0, head_barriers = 0;  // of a kernel that routes by itself
   int shared_bytes = 0;
 };
+
+inline constexpr int kSharedBytes = 227 * 1024;  // of a block that has a multiprocessor for itself
+inline constexpr int kFewestStages = 2;
+
+// ---- Host side.
+
+inline int MostRounds(const Decode90Plan& plan) {
+  return plan.long_runs > 0 ? plan.long_rounds : plan.rounds;
+}
+
+// Cuts the rows for `clusters` clusters of blocks of W warpgroups; plan.parts_log is given.
+template <int W>
+void CutRows(int units, int clusters, Decode90Plan& plan) {
+  plan.round_units = W >> plan.parts_log;
+  plan.run_units = units / clusters;
+  plan.long_runs = units % clusters;
+  plan.rounds = (plan.run_units + plan.round_units - 1) / plan.round_units;
+  plan.long_rounds = plan.run_units / plan.round_units + 1;
+  plan.one_each = MostRounds(plan) <= plan.round_buffers;
+}
+
+// Lays out shared memory for plan.stages; `groups` of x, `head_bytes` for a router.
+template <int N, int W>
+void LayOut(int groups, int head_bytes, Decode90Plan& plan) {
+  int at = 0;
+  const auto take = [&at](int bytes) {
+    const int begin = at;
+    at += (bytes + 127) / 128 * 128;
+    return begin;
+  };
+  const int parts = 1 << plan.parts_log;
+  take(groups * N * kGroupSize * 2);
+  plan.ring = take(4 * W * plan.stages * kWarpStageBytes);
+  plan.sums = take(groups * N * 4);
+  plan.bias = take(groups * N * 8);
+  plan.unit = take(groups * N * 4);
+  plan.buffers = take(plan.round_units * plan.round_buffers * kParts * parts * kChunkRows * N * 4);
+  plan.levels = take(kMaxSegments * N);
+  plan.barriers = take((4 * W * kMaxStages + plan.round_buffers * W) * 8);
+  plan.head = take(head_bytes);
+  plan.head_barriers = take(head_bytes > 0 ? 16 : 0);
+  plan.shared_bytes = at;
+}
+
+// As many stages as fit; false: not even the fewest do.
+template <int N, int W>
+bool FitShared(const SlicedProblem& problem, int head_bytes, Decode90Plan& plan) {
+  const int groups = ((problem.groups << plan.parts_log) + kParts - 1) / kParts;
+  for (plan.stages = kMaxStages; plan.stages >= kFewestStages; --plan.stages) {
+    LayOut<N, W>(groups, head_bytes, plan);
+    if (plan.shared_bytes <= kSharedBytes) return true;
+  }
+  return false;
+}
+
+// Of a launch in clusters of 2^(kPartsLog - plan.parts_log) blocks; attributes: two.
+inline cudaLaunchConfig_t Configure(const SlicedMatmulLaunch& launch, const Decode90Plan& plan,
+                                    int clusters, int token_blocks, int threads,
+                                    cudaLaunchAttribute* attributes) {
+  const unsigned size = kParts >> plan.parts_log;
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {size, 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(clusters * size, token_blocks);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = plan.shared_bytes;
+  config.stream = launch.stream;
+  config.attrs = attributes;
+  config.numAttrs = launch.pdl ? 2 : 1;
+  return config;
+}
+
+// ---- Device side.
 
 // One warp's place.
 struct Decode90Place {

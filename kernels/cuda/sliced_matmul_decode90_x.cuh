@@ -59,7 +59,6 @@ struct Decode90X : Decode90Exchange<N, W> {
   }
 
   __device__ __forceinline__ void WriteX(int first, uint4 (&v)[kBatch]) const {
-    const int column = lane % 16, word = lane % 4, t = column / 4;
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
       const int item = first + u * kWarps, group = GroupOf(item), token = TokenOf(item);
@@ -67,16 +66,22 @@ struct Decode90X : Decode90Exchange<N, W> {
       float unit = 1;
       if constexpr (kBf16) v[u] = ScaledHalves(v[u], unit);
       if (token >= num_tokens) continue;
-      uint8_t* const row = shared + (2 * group + word / 2) * (N * 128) + token * 128 + t * 4;
-      const int chunk = word % 2 * 4, swizzle = token % 8;
-      *reinterpret_cast<uint32_t*>(row + ((chunk ^ swizzle) << 4)) = v[u].x;
-      *reinterpret_cast<uint32_t*>(row + (((chunk + 1) ^ swizzle) << 4)) = v[u].y;
-      *reinterpret_cast<uint32_t*>(row + (((chunk + 2) ^ swizzle) << 4)) = v[u].z;
-      *reinterpret_cast<uint32_t*>(row + (((chunk + 3) ^ swizzle) << 4)) = v[u].w;
-      if (kBf16 && column == 0) {
+      WriteChunk(group, token, v[u]);
+      if (kBf16 && lane % 16 == 0) {
         reinterpret_cast<float*>(shared + plan.unit)[group * N + token] = unit;
       }
     }
+  }
+
+  // Eight halves: columns 8 (lane % 16) .. of the group.
+  __device__ __forceinline__ void WriteChunk(int group, int token, const uint4& v) const {
+    const int column = lane % 16, word = lane % 4, t = column / 4;
+    uint8_t* const row = shared + (2 * group + word / 2) * (N * 128) + token * 128 + t * 4;
+    const int chunk = word % 2 * 4, swizzle = token % 8;
+    *reinterpret_cast<uint32_t*>(row + ((chunk ^ swizzle) << 4)) = v.x;
+    *reinterpret_cast<uint32_t*>(row + (((chunk + 1) ^ swizzle) << 4)) = v.y;
+    *reinterpret_cast<uint32_t*>(row + (((chunk + 2) ^ swizzle) << 4)) = v.z;
+    *reinterpret_cast<uint32_t*>(row + (((chunk + 3) ^ swizzle) << 4)) = v.w;
   }
 
   // v: the first batch, asked for already.

@@ -58,6 +58,37 @@ __device__ __forceinline__ void StoreRows(const SlicedProblem& p, int token, int
   }
 }
 
+template <int count>
+__device__ __forceinline__ void LoadResidual(const SlicedProblem& p, int token, int row,
+                                             float (&residual)[count]) {
+  const int64_t at = token * p.residual_stride + row;
+#pragma unroll
+  for (int r = 0; r < count; ++r) {
+    residual[r] =
+        p.out_type == DType::kF16
+            ? __half2float(__ldcg(static_cast<const half*>(p.residual) + at + r))
+            : __bfloat162float(__ldcg(static_cast<const __nv_bfloat16*>(p.residual) + at + r));
+  }
+}
+
+// residual += values, which are rounded first as StoreRows rounds them.
+template <int count>
+__device__ __forceinline__ void AddToResidual(const SlicedProblem& p, int token, int row,
+                                              const float (&residual)[count],
+                                              const float (&values)[count]) {
+  const int64_t at = token * p.residual_stride + row;
+#pragma unroll
+  for (int r = 0; r < count; ++r) {
+    if (p.out_type == DType::kF16) {
+      static_cast<half*>(p.residual)[at + r] =
+          __float2half_rn(residual[r] + __half2float(__float2half_rn(values[r])));
+    } else {
+      static_cast<__nv_bfloat16*>(p.residual)[at + r] =
+          __float2bfloat16_rn(residual[r] + __bfloat162float(__float2bfloat16_rn(values[r])));
+    }
+  }
+}
+
 // Every warp leaves the sums of its part of its panels in its block's buffer; after a barrier of
 // the cluster, the blocks share the round's panels and add their parts. Rounds take turns
 // with two buffers. Buffer: [warp][panel of the team's round][token][row], rows padded so that a

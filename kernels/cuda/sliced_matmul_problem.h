@@ -29,7 +29,14 @@ struct SlicedProblem {
   void* out = nullptr;
   int64_t out_stride = 0;
   DType out_type = DType::kF16;
+  // Null, or what out is added to, in out's type: rounded as two ops would.
+  void* residual = nullptr;
+  int64_t residual_stride = 0;
 };
+
+// False: a shape, stride, alignment or dtype that the kernels cannot take.
+bool StateProblem(const Tensor& x, const SlicedWeight& weight, const uint8_t* levels,
+                  int64_t levels_stride, const Tensor& out, SlicedProblem* problem);
 
 // The same for tokens first .. first + count - 1 alone.
 SlicedProblem TokensOf(const SlicedProblem& problem, int first, int count);

@@ -233,6 +233,90 @@ TEST_P(BackendSequence, AddRmsNormThenRouteIsBatchInvariant) {
   }
 }
 
+// A linear of a decode step and the residual that takes its output: with a wait between the ops and
+// without, the same bits.
+TEST_P(BackendSequence, RouteThenMatmulThenAddRmsNorm) {
+  enum Input { kPlain, kNorm, kSwiGlu };
+  struct Case {
+    Input input;
+    int tokens, num_coherent, num_hidden;
+    int64_t cols;
+    std::vector<int64_t> rows;
+  };
+  for (const Case& c : {Case{kNorm, 1, 1, 32, 4096, {512, 128, 128}},
+                        {kNorm, 1, 0, 9, 2048, {80}},
+                        {kNorm, 7, 3, 32, 2048, {1024, 16}},
+                        {kNorm, 16, 16, 20, 2048, {96, 16}},
+                        {kPlain, 8, 0, 17, 2048, {208}},
+                        {kPlain, 9, 9, 32, 4096, {64, 2000}},
+                        {kSwiGlu, 1, 1, 32, 14336, {144}},
+                        {kSwiGlu, 13, 5, 32, 6144, {1600}}}) {
+    const std::string what = std::to_string(c.tokens) + " tokens, " + std::to_string(c.cols) +
+                             " columns, input " + std::to_string(c.input);
+    TestRouter router = RandomRouter(c.num_hidden, c.rows, c.cols);
+    const HostWeight weight = RandomWeight(c.rows, c.cols);
+    router.host.weight = weight.view;
+    router.device.weight = OnDevice(weight);
+    const Batch batch = RandomBatch(c.tokens, c.num_coherent, router.host);
+    const int64_t out_cols = router.host.weight.rows;
+    const Matrix source = Normal(activations(), c.tokens, c.cols * (c.input == kSwiGlu ? 2 : 1));
+    const Matrix residual = Normal(activations(), c.tokens, out_cols);
+    const Tensor norm = OnDevice(Normal(DType::kF32, 1, c.cols));
+    const Tensor next_norm = OnDevice(Normal(DType::kF32, 1, out_cols));
+    struct Result {
+      Routed routed;
+      Matrix out, residual, normed;
+    };
+    const auto run = [&](bool wait) {
+      const auto after = [&] {
+        if (wait) {
+          EXPECT_TRUE(backend().Synchronize().ok());
+        }
+      };
+      const Tensor from = OnDevice(source), residual_device = OnDevice(residual);
+      const Tensor x =
+          OnDevice(c.input == kPlain ? source : Matrix::Poisoned(activations(), c.tokens, c.cols));
+      const Tensor out = OnDevice(Matrix::Poisoned(activations(), c.tokens, out_cols));
+      const Tensor normed = OnDevice(Matrix::Poisoned(activations(), c.tokens, out_cols));
+      const auto segments = static_cast<int64_t>(c.rows.size());
+      auto* levels = OnDevice(std::vector<uint8_t>(c.tokens * segments, uint8_t{0xEE}));
+      auto* tiles = OnDevice(std::vector<uint32_t>(c.tokens));
+      auto* loaded = OnDevice(std::vector<uint64_t>(1));
+      const RoutingBatch view = View(batch, OnDevice(batch.price), OnDevice(batch.min_level),
+                                     OnDevice(batch.max_level), tiles, loaded);
+      if (c.input == kNorm) backend().RmsNorm(from, norm, 1e-5f, x);
+      if (c.input == kSwiGlu) backend().SwiGlu(from, x);
+      backend().Route(x, router.device, view, levels, c.tokens);
+      after();
+      backend().SlicedMatmul(x, router.device.weight, levels, c.tokens, out);
+      after();
+      backend().AddRmsNorm(out, next_norm, 1e-5f, residual_device, normed);
+      after();
+      return Result{{ToHost(x),
+                     {},
+                     ToHost(levels, c.tokens * segments),
+                     ToHost(tiles, c.tokens),
+                     ToHost(loaded, 1)[0]},
+                    ToHost(out),
+                    ToHost(residual_device),
+                    ToHost(normed)};
+    };
+    const Result alone = run(true), together = run(false);
+    ExpectSame(together.routed.x, alone.routed.x, what + ": x");
+    EXPECT_EQ(together.routed.levels, alone.routed.levels) << what;
+    EXPECT_EQ(together.routed.tiles, alone.routed.tiles) << what;
+    EXPECT_EQ(together.routed.loaded, alone.routed.loaded) << what;
+    ExpectSame(together.out, alone.out, what + ": out");
+    ExpectSame(together.residual, alone.residual, what + ": residual");
+    ExpectSame(together.normed, alone.normed, what + ": the next norm");
+    ExpectRoutedFrom(together.routed.x, router, batch, together.routed);
+    const Matrix expected = Matrix::Poisoned(DType::kF32, c.tokens, out_cols);
+    reference::SlicedMatmul(together.routed.x.view(), router.host.weight,
+                            together.routed.levels.data(), c.tokens, expected.view());
+    ExpectClose(together.out, expected, ToleranceOf(Op::kMatmul, activations()), what);
+  }
+}
+
 // One token per sequence: rotation, cache and attention, with a wait between the ops and without.
 TEST_P(BackendSequence, RopeThenDecodeAttention) {
   for (const AttentionShape& shape :

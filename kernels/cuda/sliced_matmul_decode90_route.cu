@@ -1,0 +1,104 @@
+// Launch of the kernel that makes x, routes and multiplies (sliced_matmul_decode90_route.cuh).
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/routed_matmul.h"
+#include "kernels/cuda/sliced_matmul_decode90_route.cuh"
+#include "kernels/cuda/sliced_matmul_problem.h"
+
+namespace mobi::cuda {
+namespace {
+
+constexpr int kMaxTokens = 16;
+
+template <int N, int W>
+bool MakePlan(const SlicedMatmulLaunch& launch, const SlicedProblem& problem, int* clusters,
+              Decode90Plan& plan) {
+  using Head = RouteHead<N, 128 * W>;
+  constexpr int kHeadBytes = sizeof(Head);
+  while (2 << plan.pairs_log < problem.num_tokens) ++plan.pairs_log;
+  const int units = (problem.rows + kUnitRows - 1) / kUnitRows;
+  *clusters = std::min(launch.clusters[kPartsLog], units);
+  CutRows<W>(units, *clusters, plan);
+  const Decode90Plan two_buffers = plan;
+  plan.round_buffers = MostRounds(plan);
+  plan.one_each = true;
+  bool fits = FitShared<N, W>(problem, kHeadBytes, plan);
+  if (!fits) {
+    plan = two_buffers;
+    fits = FitShared<N, W>(problem, kHeadBytes, plan);
+  }
+  // Of W1 before the ring is used: RoutedDecode90::Later.
+  static_assert(kFewestStages * 4 * W * kWarpStageBytes >=
+                (kMaxTurns - kHeldTurns) * 2 * 2 * kRouteWarps * 32 * 16);
+  plan.levels = plan.head + static_cast<int>(offsetof(Head, levels));
+  return fits;
+}
+
+template <int N, int W>
+cudaError_t Launch(const SlicedMatmulLaunch& launch, const SlicedProblem& problem,
+                   const RouteParams& route) {
+  Decode90Plan plan;
+  int clusters;
+  if (!MakePlan<N, W>(launch, problem, &clusters, plan)) return cudaErrorInvalidValue;
+  auto* kernel = RoutedDecode90Kernel<N, W>;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute attributes[2] = {};
+  const cudaLaunchConfig_t config = Configure(launch, plan, clusters, 1, 128 * W, attributes);
+  return cudaLaunchKernelEx(&config, kernel, problem, plan, route);
+}
+
+bool Fits(const SlicedMatmulLaunch& launch, const SlicedProblem& problem) {
+  Decode90Plan plan;
+  int clusters;
+  return problem.num_tokens <= 8 ? MakePlan<8, 5>(launch, problem, &clusters, plan)
+                                 : MakePlan<16, 4>(launch, problem, &clusters, plan);
+}
+
+bool SourceFits(const RouteSource& source, int64_t cols) {
+  switch (source.input) {
+    case RouteInput::kPlain:
+      return true;
+    case RouteInput::kNorm:  // whose sum is the residual already
+      return source.delta.data == nullptr && cols <= int64_t{kMaxNormTurns} * kAllTurnCols &&
+             Vectorizable(source.source) && Vectorizable(source.norm_weight);
+    case RouteInput::kSwiGlu:
+      return Vectorizable(source.source);
+  }
+  return false;
+}
+
+}  // namespace
+
+bool CanRouteInMatmul(const SlicedMatmulLaunch& launch, const RouteSource& source, const Tensor& x,
+                      const RoutedWeight& linear) {
+  const int64_t cols = linear.weight.cols;
+  if (launch.clusters[kPartsLog] == 0 || x.dtype != DType::kF16 || x.rows < 1 ||
+      x.rows > kMaxTokens || cols % kAllTurnCols != 0 || cols > int64_t{kMaxTurns} * kAllTurnCols ||
+      linear.router.num_hidden > kMaxFusedRouterHidden || !Vectorizable(x) ||
+      linear.router.w1.stride % 8 != 0 || !SourceFits(source, cols)) {
+    return false;
+  }
+  Tensor out = x;
+  out.cols = out.stride = linear.weight.rows;
+  SlicedProblem problem;
+  return StateProblem(x, linear.weight, nullptr, 0, out, &problem) && Fits(launch, problem);
+}
+
+cudaError_t LaunchRoutedMatmul(const SlicedMatmulLaunch& launch, const RoutedMatmul& op) {
+  SlicedProblem problem;
+  if (!StateProblem(op.x, op.linear.weight, op.levels, op.levels_stride, op.out, &problem)) {
+    return cudaErrorInvalidValue;
+  }
+  problem.residual = op.residual.data, problem.residual_stride = op.residual.stride;
+  const RouteParams route =
+      StateRoute(op.source, op.x, op.linear, op.batch, op.levels, op.levels_stride);
+  return problem.num_tokens <= 8 ? Launch<8, 5>(launch, problem, route)
+                                 : Launch<16, 4>(launch, problem, route);
+}
+
+}  // namespace mobi::cuda
