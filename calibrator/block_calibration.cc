@@ -14,16 +14,22 @@ namespace mobi {
 namespace {
 
 constexpr int64_t kStatisticsParts = 16, kPartedCols = 4096;
+// Tokens that go into the sums at once: enough to be worth moving the sums to a device and back.
+constexpr int64_t kTokensAtOnce = 16384;
 
-std::vector<float> MeanSquares(ConstMatrixView x) {
-  std::vector<double> sums(static_cast<size_t>(x.cols));
-  for (int64_t t = 0; t < x.rows; ++t) {
-    for (int64_t j = 0; j < x.cols; ++j) sums[j] += x.Row(t)[j] * x.Row(t)[j];
-  }
-  std::vector<float> means;
-  means.reserve(sums.size());
-  for (const double sum : sums)
-    means.push_back(static_cast<float>(sum / static_cast<double>(x.rows)));
+std::vector<float> MeanSquares(ConstMatrixView x, int num_threads) {
+  std::vector<float> means(static_cast<size_t>(x.cols));
+  ParallelFor(num_threads, (x.cols + kGroupSize - 1) / kGroupSize, [&](int64_t group) {
+    const int64_t first = group * kGroupSize, count = std::min<int64_t>(kGroupSize, x.cols - first);
+    double sums[kGroupSize] = {};
+    for (int64_t t = 0; t < x.rows; ++t) {
+      const float* row = x.Row(t) + first;
+      for (int64_t j = 0; j < count; ++j) sums[j] += row[j] * row[j];
+    }
+    for (int64_t j = 0; j < count; ++j) {
+      means[first + j] = static_cast<float>(sums[j] / static_cast<double>(x.rows));
+    }
+  });
   return means;
 }
 
@@ -58,6 +64,8 @@ class BlockPass {
   Matrix& Hidden(int64_t s) { return s == 0 ? streams_.float_hidden : streams_.hidden[s - 1]; }
   void AdvanceSequence(LinearGroup group, int64_t stream, int64_t sequence, const Matrix* weight,
                        ConstMatrixView input, MatrixView out);
+  // Adds what `weight` makes of the stream's inputs to its residual.
+  void AddOutput(const Matrix& weight, int64_t stream);
 
   const ModelConfig& config_;
   const BlockWeights& weights_;
@@ -107,6 +115,7 @@ void BlockPass::Advance(LinearGroup group, const NestedWeight* previous) {
         weight = &dequantized;
       }
     }
+    const DeviceCopy copy = weight != nullptr ? DeviceCopy(*weight) : DeviceCopy();
     Matrix out(streams_.float_hidden.rows(), cols);
     ParallelFor(options_.num_threads, num_sequences(), [&](int64_t sequence) {
       ConstMatrixView input;
@@ -118,22 +127,25 @@ void BlockPass::Advance(LinearGroup group, const NestedWeight* previous) {
     });
     inputs_[s] = std::move(out);
   }
-  if (!AddsToResidual(group)) return;
+  if (AddsToResidual(group)) AddOutput(weights_.of(group), 0);
+}
+
+void BlockPass::AddOutput(const Matrix& weight, int64_t stream) {
+  const int64_t length = streams_.seq_len;
+  const DeviceCopy copy(weight);
   ParallelFor(options_.num_threads, num_sequences(), [&](int64_t sequence) {
-    MultiplyTransposed(ConstMatrixView(inputs_[0]).Rows(sequence * length, length),
-                       weights_.of(group),
-                       MatrixView(streams_.float_hidden).Rows(sequence * length, length), 1, 1);
+    MultiplyTransposed(ConstMatrixView(inputs_[stream]).Rows(sequence * length, length), weight,
+                       MatrixView(Hidden(stream)).Rows(sequence * length, length), 1, 1);
   });
 }
 
 void BlockPass::Finish(const NestedWeight& down) {
   for (int64_t s = 1; s < num_streams(); ++s) {
-    const Matrix weight = Dequantize(down, options_.stream_levels[s - 1]);
-    MultiplyTransposed(inputs_[s], weight, Hidden(s), 1, 1);
+    AddOutput(Dequantize(down, options_.stream_levels[s - 1]), s);
   }
 }
 
-// Sequences are summed in a fixed number of parts, so that sums do not depend on the threads. Wide
+// Tokens are summed in a fixed number of parts, so that sums do not depend on the threads. Wide
 // inputs are summed in one part: its matrices are large, and its products keep every thread busy.
 StreamStatistics BlockPass::Statistics(int64_t stream, int64_t cols, int64_t residual_rows) const {
   const int64_t length = streams_.seq_len;
@@ -141,16 +153,17 @@ StreamStatistics BlockPass::Statistics(int64_t stream, int64_t cols, int64_t res
   std::vector<StreamStatistics> sums(static_cast<size_t>(parts),
                                      StreamStatistics(cols, residual_rows));
   ParallelFor(options_.num_threads, parts, [&](int64_t part) {
-    Matrix wanted(residual_rows > 0 ? length : 0, residual_rows);
-    const int64_t end = (part + 1) * num_sequences() / parts;
-    for (int64_t i = part * num_sequences() / parts; i < end; ++i) {
-      const int64_t first = i * length;
-      const ConstMatrixView input = ConstMatrixView(inputs_[stream]).Rows(first, length);
+    const int64_t end = (part + 1) * num_sequences() / parts * length;
+    int64_t count = 0;
+    for (int64_t first = part * num_sequences() / parts * length; first < end; first += count) {
+      count = std::min(kTokensAtOnce, end - first);
+      const ConstMatrixView input = ConstMatrixView(inputs_[stream]).Rows(first, count);
       if (stream == 0) {
         sums[part].Add(input);
       } else if (residual_rows == 0) {
-        sums[part].Add(input, ConstMatrixView(inputs_[0]).Rows(first, length));
+        sums[part].Add(input, ConstMatrixView(inputs_[0]).Rows(first, count));
       } else {
+        Matrix wanted(count, residual_rows);
         std::copy_n(streams_.float_hidden.Row(first), wanted.size(), wanted.data());
         AddScaled(wanted.data(), streams_.hidden[stream - 1].Row(first), -1, wanted.size());
         sums[part].AddWanted(input, wanted);
@@ -165,7 +178,7 @@ absl::StatusOr<FittingProblem> BlockPass::Problem(LinearGroup group) const {
   FittingProblem problem;
   problem.weight = weights_.of(group);
   const int64_t cols = problem.cols();
-  problem.importance = MeanSquares(inputs_[0]);
+  problem.importance = MeanSquares(inputs_[0], options_.num_threads);
   const auto add_stream = [&](int64_t stream, int64_t residual_rows) -> absl::Status {
     const StreamStatistics statistics = Statistics(stream, cols, residual_rows);
     MOBI_ASSIGN_OR_RETURN(problem.streams.emplace_back(),

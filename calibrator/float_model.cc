@@ -87,6 +87,7 @@ absl::StatusOr<FloatModel> FloatModel::Open(const Checkpoint& checkpoint, int po
   }
   MOBI_ASSIGN_OR_RETURN(model.final_norm_,
                         ReadVector(checkpoint, "model.norm.weight", config.hidden_size));
+  model.head_copy_ = DeviceCopy(model.head());
   return model;
 }
 

@@ -9,6 +9,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
+#include "calibrator/linear_algebra.h"
 #include "calibrator/llama_block.h"
 #include "calibrator/matrix.h"
 #include "engine/checkpoint.h"
@@ -46,6 +47,7 @@ class FloatModel {
   Matrix embedding_;
   Matrix lm_head_;  // empty when tied
   std::vector<float> final_norm_;
+  DeviceCopy head_copy_;
 };
 
 }  // namespace mobi

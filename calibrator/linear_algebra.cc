@@ -3,6 +3,7 @@
 #include <cblas.h>
 #include <lapacke.h>
 
+#include <algorithm>
 #include <cmath>
 #include <memory>
 #include <string>
@@ -26,13 +27,9 @@ std::unique_ptr<DeviceProducts>& Device() {
 bool OnDevice(ConstMatrixView a, bool transpose_a, ConstMatrixView b, bool transpose_b, float alpha,
               float beta, MatrixView out) {
   DeviceProducts* device = Device().get();
-  const int64_t m = transpose_a ? a.cols : a.rows, k = transpose_a ? a.rows : a.cols;
-  const int64_t n = transpose_b ? b.rows : b.cols;
-  if (device == nullptr || !DeviceProducts::IsWorthIt(m, n, k)) return false;
-  device->Multiply({a.data, a.rows, a.cols, a.stride, transpose_a},
-                   {b.data, b.rows, b.cols, b.stride, transpose_b}, alpha, beta, out.data, m, n, k,
-                   out.stride);
-  return true;
+  return device != nullptr && device->Multiply({a.data, a.rows, a.cols, a.stride, transpose_a},
+                                               {b.data, b.rows, b.cols, b.stride, transpose_b},
+                                               alpha, beta, out.data, out.stride);
 }
 
 // A column-major LAPACK routine sees the transpose of a row-major matrix; for the symmetric ones
@@ -82,6 +79,15 @@ absl::Status UseDevice(std::string_view device) {
   return absl::OkStatus();
 }
 
+DeviceCopy::DeviceCopy(const Matrix& m) {
+  DeviceProducts* device = Device().get();
+  if (device != nullptr && device->Keep(m.data(), m.size())) data_ = m.data();
+}
+
+DeviceCopy::~DeviceCopy() {
+  if (data_ != nullptr && Device() != nullptr) Device()->Forget(data_);
+}
+
 void MultiplyTransposed(ConstMatrixView a, ConstMatrixView b, MatrixView out, float alpha,
                         float beta) {
   if (OnDevice(a, false, b, true, alpha, beta, out)) return;
@@ -109,8 +115,15 @@ void AddGram(ConstMatrixView x, MatrixView out, float alpha) {
 }
 
 void MirrorLower(MatrixView m) {
-  for (int64_t i = 0; i < m.rows; ++i) {
-    for (int64_t j = 0; j < i; ++j) m.Row(j)[i] = m.Row(i)[j];
+  constexpr int64_t kTile = 32;  // of which both sides stay in the cache
+  for (int64_t first = 0; first < m.rows; first += kTile) {
+    const int64_t last = std::min(first + kTile, m.rows);
+    for (int64_t begin = 0; begin < last; begin += kTile) {
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t end = std::min(begin + kTile, i);
+        for (int64_t j = begin; j < end; ++j) m.Row(j)[i] = m.Row(i)[j];
+      }
+    }
   }
 }
 

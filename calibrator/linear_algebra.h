@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -24,8 +25,46 @@ void SetBlasThreads(int num_threads);
 std::string BetterBlasKernels();
 
 // "cpu", or "cuda": large products are made there from now on. Global to the process as well.
-// UNAVAILABLE says why there is no such device.
+// UNAVAILABLE says why there is no such device. No DeviceCopy may live meanwhile.
 absl::Status UseDevice(std::string_view device);
+
+// While it lives, products find this matrix, and any part of it, on the device: for operands of
+// many products. The matrix must live longer, in the same memory and with the same values. Without
+// a device, or without room there, it does nothing.
+class DeviceCopy {
+ public:
+  DeviceCopy() = default;
+  explicit DeviceCopy(const Matrix& m);
+  DeviceCopy(DeviceCopy&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
+  DeviceCopy& operator=(DeviceCopy&& other) noexcept {
+    std::swap(data_, other.data_);
+    return *this;
+  }
+  ~DeviceCopy();
+
+ private:
+  const float* data_ = nullptr;
+};
+
+// A matrix with its copy on the device; replaced as a whole, never changed.
+class KeptMatrix {
+ public:
+  KeptMatrix() = default;
+  explicit KeptMatrix(Matrix m) : matrix_(std::move(m)), copy_(matrix_) {}
+  KeptMatrix(KeptMatrix&&) noexcept = default;
+  KeptMatrix& operator=(KeptMatrix&& other) noexcept {
+    std::swap(matrix_, other.matrix_);  // neither copy may outlive what it is of
+    std::swap(copy_, other.copy_);
+    return *this;
+  }
+
+  operator const Matrix&() const { return matrix_; }  // NOLINT: it is one
+  const Matrix& get() const { return matrix_; }
+
+ private:
+  Matrix matrix_;
+  DeviceCopy copy_;
+};
 
 // out = alpha a b^T + beta out;  a [m, k], b [n, k], out [m, n].
 void MultiplyTransposed(ConstMatrixView a, ConstMatrixView b, MatrixView out, float alpha = 1,

@@ -7,6 +7,7 @@
 #include "calibrator/code_descent.h"
 #include "calibrator/joint_codes.h"
 #include "calibrator/level_fit.h"
+#include "calibrator/linear_algebra.h"
 #include "calibrator/parallel.h"
 #include "engine/base/status_macros.h"
 
@@ -14,6 +15,14 @@ namespace mobi {
 namespace {
 
 constexpr int64_t kRowBlock = 64;
+
+// Every block of rows meets the same Hessians.
+std::vector<DeviceCopy> HessianCopies(const FittingProblem& problem) {
+  std::vector<DeviceCopy> copies;
+  copies.reserve(problem.streams.size());
+  for (const StreamProblem& stream : problem.streams) copies.emplace_back(stream.hessian);
+  return copies;
+}
 
 int64_t NumBlocks(int64_t rows) { return (rows + kRowBlock - 1) / kRowBlock; }
 
@@ -47,6 +56,8 @@ absl::StatusOr<NestedWeight> FitLinear(const FittingProblem& problem,
   if (options.joint_codes) {
     MOBI_ASSIGN_OR_RETURN(plan, PlanFeedback(problem));
   }
+  std::vector<DeviceCopy> copies = HessianCopies(problem);
+  for (const Matrix& factor : plan.factors) copies.emplace_back(factor);
   NestedWeight weight(problem.rows(), problem.cols());
   ParallelFor(num_threads, NumBlocks(problem.rows()), [&](int64_t block) {
     const int64_t begin = block * kRowBlock;
@@ -58,6 +69,7 @@ absl::StatusOr<NestedWeight> FitLinear(const FittingProblem& problem,
 
 std::array<double, kNumLevels> LevelLosses(const FittingProblem& problem,
                                            const NestedWeight& weight, int num_threads) {
+  const std::vector<DeviceCopy> copies = HessianCopies(problem);
   const int64_t blocks = NumBlocks(problem.rows());
   std::vector<std::array<double, kNumLevels>> parts(static_cast<size_t>(blocks));
   ParallelFor(num_threads, blocks, [&](int64_t block) {

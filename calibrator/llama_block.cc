@@ -44,6 +44,13 @@ float AttentionScale(const ModelConfig& config) {
 
 }  // namespace
 
+std::vector<DeviceCopy> BlockWeights::DeviceCopies() const {
+  std::vector<DeviceCopy> copies;
+  copies.reserve(linear.size());
+  for (const Matrix& matrix : linear) copies.emplace_back(matrix);
+  return copies;
+}
+
 void RmsNorm(ConstMatrixView x, const std::vector<float>& weight, float eps, MatrixView out) {
   for (int64_t i = 0; i < x.rows; ++i) {
     const float* in = x.Row(i);

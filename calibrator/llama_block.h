@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "absl/functional/function_ref.h"
+#include "calibrator/linear_algebra.h"
 #include "calibrator/matrix.h"
 #include "engine/model.h"
 #include "engine/model_config.h"
@@ -26,6 +27,8 @@ struct BlockWeights {
 
   const Matrix& of(LinearGroup group) const { return linear[static_cast<int>(group)]; }
   Matrix& of(LinearGroup group) { return linear[static_cast<int>(group)]; }
+  // Of all linears, for products by many sequences.
+  std::vector<DeviceCopy> DeviceCopies() const;
 };
 
 // out = x / rms(x) * weight.

@@ -6,9 +6,26 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <vector>
 
 namespace mobi {
+
+// For std::free; throws std::bad_alloc.
+void* AllocateLargePages(size_t bytes);
+
+// Memory in large pages where it is large: taking it a small page at a time costs more than filling
+// it.
+template <typename T>
+struct LargePageAllocator {
+  using value_type = T;
+  LargePageAllocator() = default;
+  template <typename U>
+  LargePageAllocator(const LargePageAllocator<U>&) {}  // NOLINT: allocators convert
+  T* allocate(size_t count) { return static_cast<T*>(AllocateLargePages(count * sizeof(T))); }
+  void deallocate(T* memory, size_t) { std::free(memory); }
+  bool operator==(const LargePageAllocator&) const { return true; }
+};
 
 class Matrix {
  public:
@@ -31,7 +48,7 @@ class Matrix {
  private:
   int64_t rows_ = 0;
   int64_t cols_ = 0;
-  std::vector<float> data_;
+  std::vector<float, LargePageAllocator<float>> data_;
 };
 
 // Rows [begin, begin + rows) of a matrix, or any piece of one: what the linear algebra works on.

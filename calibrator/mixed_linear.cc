@@ -41,7 +41,8 @@ std::vector<uint8_t> DrawLevels(const std::array<uint64_t, 3>& key,
 
 MixedLinear::MixedLinear(const NestedWeight& weight, std::vector<int64_t> segment_rows)
     : segment_rows_(std::move(segment_rows)) {
-  for (int level = 1; level <= kNumLevels; ++level) levels_[level - 1] = Dequantize(weight, level);
+  for (int level = 1; level <= kNumLevels; ++level)
+    levels_[level - 1] = KeptMatrix(Dequantize(weight, level));
 }
 
 int64_t MixedLinear::SegmentBegin(int segment) const {
@@ -55,7 +56,7 @@ void MixedLinear::Forward(ConstMatrixView x, const uint8_t* levels, MatrixView o
     const int64_t begin = SegmentBegin(s), rows = segment_rows_[s];
     const auto tokens = TokensByLevel(levels + s * x.rows, x.rows);
     for (int k = 0; k < kNumLevels; ++k) {
-      const ConstMatrixView weight = ConstMatrixView(levels_[k]).Rows(begin, rows);
+      const ConstMatrixView weight = ConstMatrixView(levels_[k].get()).Rows(begin, rows);
       const auto count = static_cast<int64_t>(tokens[k].size());
       if (count == 0) continue;
       if (count == x.rows) {
@@ -78,7 +79,7 @@ void MixedLinear::Backward(ConstMatrixView d_out, const uint8_t* levels, MatrixV
     const ConstMatrixView d_segment = d_out.Columns(begin, rows);
     const auto tokens = TokensByLevel(levels + s * d_out.rows, d_out.rows);
     for (int k = 0; k < kNumLevels; ++k) {
-      const ConstMatrixView weight = ConstMatrixView(levels_[k]).Rows(begin, rows);
+      const ConstMatrixView weight = ConstMatrixView(levels_[k].get()).Rows(begin, rows);
       const auto count = static_cast<int64_t>(tokens[k].size());
       if (count == 0) continue;
       if (count == d_out.rows) {
@@ -112,7 +113,7 @@ Matrix MixedLinear::WeightGradient(ConstMatrixView x, ConstMatrixView d_out, con
 }
 
 void MixedLinear::Refresh(const NestedWeight& weight, int level) {
-  levels_[level - 1] = Dequantize(weight, level);
+  levels_[level - 1] = KeptMatrix(Dequantize(weight, level));
 }
 
 }  // namespace mobi

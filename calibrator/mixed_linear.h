@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "calibrator/linear_algebra.h"
 #include "calibrator/matrix.h"
 #include "calibrator/nested_weight.h"
 
@@ -19,8 +20,8 @@ class MixedLinear {
   MixedLinear(const NestedWeight& weight, std::vector<int64_t> segment_rows);
 
   int num_segments() const { return static_cast<int>(segment_rows_.size()); }
-  int64_t rows() const { return levels_[0].rows(); }
-  int64_t cols() const { return levels_[0].cols(); }
+  int64_t rows() const { return levels_[0].get().rows(); }
+  int64_t cols() const { return levels_[0].get().cols(); }
   const Matrix& level(int level) const { return levels_[level - 1]; }
   // Rows [first, first + count) of a segment.
   int64_t SegmentBegin(int segment) const;
@@ -38,7 +39,7 @@ class MixedLinear {
 
  private:
   std::vector<int64_t> segment_rows_;
-  std::array<Matrix, kNumLevels> levels_;
+  std::array<KeptMatrix, kNumLevels> levels_;
 };
 
 // Levels for `count` places drawn by `shares`, the same whenever the key is.

@@ -200,6 +200,16 @@ absl::Status CheckStreams(const BlockCalibrationOptions& blocks, const std::stri
   return absl::OkStatus();
 }
 
+absl::Status CheckLmHead(const Recipe& recipe, const std::string& file) {
+  if (!recipe.lm_head.slices || recipe.routing.method != RoutingMethod::kGates) {
+    return absl::OkStatus();
+  }
+  return absl::InvalidArgumentError(absl::StrCat(
+      file,
+      ": routing.method gates needs lm_head.slices false: the price of gates is not in nats, "
+      "by which lm_head's slices are chosen"));
+}
+
 // "rtn-2", "gptq-3": the method at that width, with routers that cost next to nothing and
 // lm_head as it is, since such a checkpoint is read at its highest level alone.
 bool BaselineRecipe(std::string_view name, Recipe& recipe) {
@@ -247,6 +257,7 @@ absl::StatusOr<Recipe> ParseRecipe(std::string_view yaml, const std::string& fil
   VisitRecipe(recipe, reader);
   MOBI_RETURN_IF_ERROR(reader.Finish());
   MOBI_RETURN_IF_ERROR(CheckStreams(recipe.blocks, file));
+  MOBI_RETURN_IF_ERROR(CheckLmHead(recipe, file));
   return recipe;
 }
 

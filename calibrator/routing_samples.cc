@@ -21,8 +21,8 @@ double UnitUniform(std::mt19937_64& random) {
 // The fitted layer at work: mixed levels forward and back, and every level's error.
 struct LayerLinears {
   BlockWeights weights;
-  std::vector<MixedLinear> mixed;                                    // per group
-  std::array<std::array<Matrix, kNumLevels>, kNumLinearGroups> gap;  // W_k - W
+  std::vector<MixedLinear> mixed;                                        // per group
+  std::array<std::array<KeptMatrix, kNumLevels>, kNumLinearGroups> gap;  // W_k - W
 };
 
 absl::StatusOr<std::unique_ptr<LayerLinears>> LoadLayer(const FloatModel& model, int layer,
@@ -33,9 +33,9 @@ absl::StatusOr<std::unique_ptr<LayerLinears>> LoadLayer(const FloatModel& model,
   for (int g = 0; g < kNumLinearGroups; ++g) {
     linears->mixed.emplace_back(fitted.linear[g], segments[g]);
     for (int k = 0; with_gap && k < kNumLevels; ++k) {
-      Matrix& gap = linears->gap[g][k];
-      gap = linears->mixed[g].level(k + 1);
+      Matrix gap = linears->mixed[g].level(k + 1);
       AddScaled(gap.data(), linears->weights.linear[g].data(), -1, gap.size());
+      linears->gap[g][k] = KeptMatrix(std::move(gap));
     }
   }
   return linears;
@@ -136,7 +136,7 @@ void RoutingSampler::Backward(int layer, const LayerLinears& linears, int64_t se
     }
     Matrix error(seq_len_, mixed.rows());
     for (int k = 0; k < kNumLevels; ++k) {
-      MultiplyTransposed(x, linears.gap[g][k], error);
+      MultiplyTransposed(x, linears.gap[g][k].get(), error);
       for (int s = 0; s < mixed.num_segments(); ++s) {
         const int64_t begin = mixed.SegmentBegin(s), rows = mixed.SegmentRows(s);
         const int64_t column = s * kNumLevels + k;

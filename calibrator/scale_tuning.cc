@@ -138,8 +138,11 @@ absl::Status ScaleTuner::LoadBlocks() {
   for (int64_t i = 0; i < num_windows_; ++i) model_.Embed(IdsOf(i), window_of(i));
   for (int layer = 0; layer < model_.num_layers(); ++layer) {
     MOBI_ASSIGN_OR_RETURN(BlockWeights weights, model_.LoadBlock(layer));
-    ParallelFor(options_.num_threads, num_windows_,
-                [&](int64_t i) { ForwardBlock(context, weights, window_of(i)); });
+    {
+      const std::vector<DeviceCopy> copies = weights.DeviceCopies();
+      ParallelFor(options_.num_threads, num_windows_,
+                  [&](int64_t i) { ForwardBlock(context, weights, window_of(i)); });
+    }
     for (Matrix& linear : weights.linear) linear = Matrix(linear.rows(), 0);
     weights_.push_back(std::move(weights));
     auto& mixed = mixed_.emplace_back();

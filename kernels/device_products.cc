@@ -16,10 +16,12 @@ std::unique_ptr<DeviceProducts> DeviceProducts::Create(std::string& error) {
   return nullptr;
 }
 
-void DeviceProducts::Multiply(const Operand&, const Operand&, float, float, float*, int64_t,
-                              int64_t, int64_t, int64_t) {
-  std::abort();  // nobody has an instance
+// Nobody has an instance.
+bool DeviceProducts::Multiply(const Operand&, const Operand&, float, float, float*, int64_t) {
+  std::abort();
 }
+bool DeviceProducts::Keep(const float*, int64_t) { std::abort(); }
+void DeviceProducts::Forget(const float*) { std::abort(); }
 
 }  // namespace mobi
 

@@ -1,13 +1,15 @@
 // Matrix products of host memory on a CUDA device: operands go up, cuBLAS multiplies in fp32, the
-// result comes back. Calls from several threads run side by side, each on a stream of its own.
-// Beside the backend: for offline work whose matrices stay on the host
-// (calibrator/linear_algebra.h); worth it where a product does much work for every byte it moves.
+// result comes back. What many products read can be kept there. Calls from several threads run side
+// by side, each on a stream of its own. Beside the backend: for offline work whose matrices stay on
+// the host (calibrator/linear_algebra.h).
 #ifndef MOBI_KERNELS_DEVICE_PRODUCTS_H_
 #define MOBI_KERNELS_DEVICE_PRODUCTS_H_
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -26,21 +28,36 @@ class DeviceProducts {
   static std::unique_ptr<DeviceProducts> Create(std::string& error);
   ~DeviceProducts();
 
-  // out [m, n] = alpha op(a) op(b) + beta out. A device error aborts: nothing can go on without it.
-  void Multiply(const Operand& a, const Operand& b, float alpha, float beta, float* out, int64_t m,
-                int64_t n, int64_t k, int64_t out_stride);
+  // out [m, n] = alpha op(a) op(b) + beta out. False, with nothing done, where the host is the
+  // better place: too little work for the bytes to move. A device error aborts: nothing can go on
+  // without it.
+  bool Multiply(const Operand& a, const Operand& b, float alpha, float beta, float* out,
+                int64_t out_stride);
 
-  // True when a product of these sizes is better made on the device.
-  static bool IsWorthIt(int64_t m, int64_t n, int64_t k) { return m * n * k >= int64_t{1} << 23; }
+  // Until Forget, products that read any part of [data, data + count) read a copy on the device.
+  // The host's values must stay what they are meanwhile. False when there is no room for it.
+  bool Keep(const float* data, int64_t count);
+  void Forget(const float* data);
 
  private:
-  struct Lane;  // a stream, a cuBLAS handle and device memory
+  struct Lane;  // a stream, a cuBLAS handle, device memory and pinned memory to copy through
+  // An operand on the device.
+  struct Placed {
+    const float* data;
+    int64_t stride;
+  };
+  struct Kept {
+    float* device;
+    int64_t count;
+  };
   DeviceProducts();
   std::unique_ptr<Lane> Take();
   void GiveBack(std::unique_ptr<Lane> lane);
+  std::optional<Placed> Find(const Operand& x);
 
   std::mutex mutex_;
   std::vector<std::unique_ptr<Lane>> idle_;
+  std::map<const float*, Kept> kept_;  // by where it begins on the host
 };
 
 }  // namespace mobi

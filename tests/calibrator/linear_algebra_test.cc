@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include "calibrator/parallel.h"
 #include "tests/calibrator/random_matrix.h"
 
 namespace mobi {
@@ -58,6 +59,74 @@ TEST(LinearAlgebraTest, SolveSmallSolves) {
   EXPECT_NEAR(4 * b[0] + 1 * b[1] - 1 * b[2], 1, 1e-12);
   EXPECT_NEAR(1 * b[0] + 3 * b[1] + 0.5 * b[2], 2, 1e-12);
   EXPECT_NEAR(-1 * b[0] + 0.5 * b[1] + 2 * b[2], 3, 1e-12);
+}
+
+// Products large enough for a device.
+class DeviceTest : public testing::Test {
+ protected:
+  static constexpr int64_t kM = 300, kN = 520, kK = 400;
+  void SetUp() override {
+    if (const absl::Status status = UseDevice("cuda"); !status.ok()) GTEST_SKIP() << status;
+  }
+  void TearDown() override { ASSERT_TRUE(UseDevice("cpu").ok()); }
+
+  static void ExpectNear(const Matrix& a, const Matrix& b) {
+    ASSERT_EQ(a.size(), b.size());
+    for (int64_t i = 0; i < a.size(); ++i) ASSERT_NEAR(a.data()[i], b.data()[i], 2e-3) << i;
+  }
+};
+
+// The three products of the same operands, read as pieces of them.
+std::vector<Matrix> Products(const Matrix& a, const Matrix& b, int64_t m, int64_t n, int64_t k) {
+  std::vector<Matrix> out;
+  const ConstMatrixView x(a), y(b);
+  out.push_back(RandomMatrix(m, n, 7));
+  MultiplyTransposed(x.Rows(3, m).Columns(5, k), y.Rows(2, n).Columns(1, k), out.back(), 0.5f, 1);
+  out.push_back(RandomMatrix(m, n, 8));
+  Multiply(x.Rows(0, m).Columns(0, k), y.Rows(4, k).Columns(3, n), out.back());
+  out.push_back(RandomMatrix(m, n, 9));
+  TransposedMultiply(x.Rows(1, k).Columns(2, m), y.Rows(0, k).Columns(0, n), out.back(), 2, -1);
+  out.push_back(RandomMatrix(k, k, 10));
+  AddGram(x.Rows(1, m).Columns(2, k), out.back());
+  MirrorLower(out.back());
+  return out;
+}
+
+TEST_F(DeviceTest, MakesTheHostsProducts) {
+  const Matrix a = RandomMatrix(420, 560, 1), b = RandomMatrix(540, 560, 2);
+  const auto device = Products(a, b, kM, kN, kK);
+  ASSERT_TRUE(UseDevice("cpu").ok());
+  const auto host = Products(a, b, kM, kN, kK);
+  for (size_t i = 0; i < host.size(); ++i) ExpectNear(device[i], host[i]);
+}
+
+TEST_F(DeviceTest, ReadsWhatIsKeptThereUntilItIsReplaced) {
+  const Matrix a = RandomMatrix(420, 560, 1);
+  KeptMatrix b(RandomMatrix(540, 560, 2));
+  std::vector<Matrix> device;
+  {
+    const DeviceCopy copy(a);
+    device = Products(a, b, kM, kN, kK);
+  }
+  b = KeptMatrix(RandomMatrix(540, 560, 3));
+  for (Matrix& m : Products(a, b, kM, kN, kK)) device.push_back(std::move(m));
+  b = KeptMatrix();
+  ASSERT_TRUE(UseDevice("cpu").ok());
+  std::vector<Matrix> host = Products(a, RandomMatrix(540, 560, 2), kM, kN, kK);
+  for (Matrix& m : Products(a, RandomMatrix(540, 560, 3), kM, kN, kK)) host.push_back(std::move(m));
+  ASSERT_EQ(device.size(), host.size());
+  for (size_t i = 0; i < host.size(); ++i) ExpectNear(device[i], host[i]);
+}
+
+// Longer than what is copied at once, wider than a piece of rows, and from many threads.
+TEST_F(DeviceTest, CopiesInPiecesSideBySide) {
+  const Matrix a = RandomMatrix(6000, 640, 4), b = RandomMatrix(700, 640, 5);
+  std::vector<Matrix> device(6, Matrix(6000, 700));
+  ParallelFor(3, 6, [&](int64_t i) { MultiplyTransposed(a, b, device[i]); });
+  ASSERT_TRUE(UseDevice("cpu").ok());
+  Matrix host(6000, 700);
+  MultiplyTransposed(a, b, host);
+  for (const Matrix& m : device) ExpectNear(m, host);
 }
 
 }  // namespace

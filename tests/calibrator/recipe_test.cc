@@ -26,6 +26,7 @@ TEST(RecipeTest, RecordsEveryKeySoThatItCanBeReadBack) {
   recipe.blocks.fit.rounds = 7;
   recipe.routing.training.epochs = 3;
   recipe.routing.method = RoutingMethod::kGates;
+  recipe.lm_head.slices = false;
   const nlohmann::json json = RecipeToJson(recipe);
   EXPECT_EQ(json["refine"]["rounds"], 7);
   EXPECT_EQ(json["routing"]["method"], "gates");
@@ -78,6 +79,15 @@ TEST(RecipeTest, MistakesAreNamedWithFileAndLine) {
   EXPECT_EQ(message("routing: {method: random}\n"),
             "r.yaml:1: routing.method must be losses or gates");
   EXPECT_NE(message("a: [1\n"), "");
+}
+
+TEST(RecipeTest, GatesAndSlicesOfLmHeadDoNotGoTogether) {
+  const auto status = ParseRecipe("routing: {method: gates}\n", "r.yaml").status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(std::string(status.message()),
+            "r.yaml: routing.method gates needs lm_head.slices false: the price of gates is not in "
+            "nats, by which lm_head's slices are chosen");
+  EXPECT_TRUE(ParseRecipe("routing: {method: gates}\nlm_head: {slices: false}\n", "r.yaml").ok());
 }
 
 }  // namespace
