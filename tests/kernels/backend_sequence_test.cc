@@ -313,7 +313,9 @@ TEST_P(BackendSequence, RouteThenMatmulThenAddRmsNorm) {
     const Matrix expected = Matrix::Poisoned(DType::kF32, c.tokens, out_cols);
     reference::SlicedMatmul(together.routed.x.view(), router.host.weight,
                             together.routed.levels.data(), c.tokens, expected.view());
-    ExpectClose(together.out, expected, ToleranceOf(Op::kMatmul, activations()), what);
+    Tolerance tolerance = ToleranceOf(Op::kSlicedMatmul, activations());
+    if (c.input == kSwiGlu) tolerance.scaled *= 2;  // a group's largest is farther from its rms
+    ExpectClose(together.out, expected, tolerance, what);
   }
 }
 
