@@ -435,6 +435,38 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16> {
     AwaitProducts<0>();
     PromoteAll<level>(g, d, pairs, own_levels, x, y);
   }
+
+  // ---- By the level that CommonLevel found.
+
+  __device__ __forceinline__ void StartAt(int level) {
+    switch (level) {
+      case 1:
+        return Start<1>();
+      case 2:
+        return Start<2>();
+      case 3:
+        return Start<3>();
+      case 4:
+        return Start<4>();
+      default:
+        return Start<kMixed>();
+    }
+  }
+
+  __device__ __forceinline__ void RunAt(int level) {
+    switch (level) {
+      case 1:
+        return Run<1>();
+      case 2:
+        return Run<2>();
+      case 3:
+        return Run<3>();
+      case 4:
+        return Run<4>();
+      default:
+        return RunMixed();
+    }
+  }
 };
 
 // Grid: the blocks of the clusters; y blocks of N tokens.
@@ -455,38 +487,12 @@ __global__ void __launch_bounds__(128 * W, 1)
   self.ReadX(self.warp, v);
   self.ReadLevels();
   const int level = self.CommonLevel();
-  switch (level) {
-    case 1:
-      self.template Start<1>();
-      break;
-    case 2:
-      self.template Start<2>();
-      break;
-    case 3:
-      self.template Start<3>();
-      break;
-    case 4:
-      self.template Start<4>();
-      break;
-    default:
-      self.template Start<kMixed>();
-  }
+  self.StartAt(level);
   self.StageX(v);
   __syncthreads();
   self.SumX();
   __syncthreads();
-  switch (level) {
-    case 1:
-      return self.template Run<1>();
-    case 2:
-      return self.template Run<2>();
-    case 3:
-      return self.template Run<3>();
-    case 4:
-      return self.template Run<4>();
-    default:
-      return self.RunMixed();
-  }
+  self.RunAt(level);
 #endif
 }
 

@@ -479,35 +479,9 @@ __global__ void __launch_bounds__(128 * W, 1)
   self.SumX();  // while the sums are under way
   self.Choose();
   const int level = self.CommonLevel();
-  switch (level) {
-    case 1:
-      self.template Start<1>();
-      break;
-    case 2:
-      self.template Start<2>();
-      break;
-    case 3:
-      self.template Start<3>();
-      break;
-    case 4:
-      self.template Start<4>();
-      break;
-    default:
-      self.template Start<kMixed>();
-  }
+  self.StartAt(level);
   self.Publish();
-  switch (level) {
-    case 1:
-      return self.template Run<1>();
-    case 2:
-      return self.template Run<2>();
-    case 3:
-      return self.template Run<3>();
-    case 4:
-      return self.template Run<4>();
-    default:
-      return self.RunMixed();
-  }
+  self.RunAt(level);
 #endif
 }
 
