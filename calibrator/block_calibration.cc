@@ -1,6 +1,7 @@
 #include "calibrator/block_calibration.h"
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -17,36 +18,46 @@ constexpr int64_t kStatisticsParts = 16, kPartedCols = 4096;
 // Tokens that go into the sums at once: enough to be worth moving the sums to a device and back.
 constexpr int64_t kTokensAtOnce = 16384;
 
-std::vector<float> MeanSquares(ConstMatrixView x, int num_threads) {
-  std::vector<float> means(static_cast<size_t>(x.cols));
+// sums[j] += the squares of column j, in the order of the rows.
+void AddSquares(ConstMatrixView x, int num_threads, std::vector<double>& sums) {
   ParallelFor(num_threads, (x.cols + kGroupSize - 1) / kGroupSize, [&](int64_t group) {
     const int64_t first = group * kGroupSize, count = std::min<int64_t>(kGroupSize, x.cols - first);
-    double sums[kGroupSize] = {};
     for (int64_t t = 0; t < x.rows; ++t) {
       const float* row = x.Row(t) + first;
-      for (int64_t j = 0; j < count; ++j) sums[j] += row[j] * row[j];
-    }
-    for (int64_t j = 0; j < count; ++j) {
-      means[first + j] = static_cast<float>(sums[j] / static_cast<double>(x.rows));
+      for (int64_t j = 0; j < count; ++j) sums[first + j] += row[j] * row[j];
     }
   });
-  return means;
 }
 
 bool AddsToResidual(LinearGroup group) {
   return group == LinearGroup::kO || group == LinearGroup::kDown;
 }
 
+// What fitting a group needs of all tokens of one stream's inputs.
+struct InputSums {
+  StreamStatistics statistics;
+  std::vector<double> squares;  // of each column; of the float stream alone
+
+  InputSums(int64_t cols, int64_t residual_rows)
+      : statistics(cols, residual_rows), squares(static_cast<size_t>(cols)) {}
+  void Add(const InputSums& more) {
+    statistics.Add(more.statistics);
+    for (size_t j = 0; j < squares.size(); ++j) squares[j] += more.squares[j];
+  }
+};
+
 // Where one linear group's inputs and, for o and down, its place in the residual stream are.
 class BlockPass {
  public:
+  // `fits`: a Problem will be asked of every group.
   BlockPass(const ModelConfig& config, const BlockWeights& weights, const RopeValues& rope,
-            const BlockCalibrationOptions& options, CalibrationStreams& streams)
+            const BlockCalibrationOptions& options, CalibrationStreams& streams, bool fits)
       : config_(config),
         weights_(weights),
         rope_(rope),
         options_(options),
         streams_(streams),
+        fits_(fits),
         inputs_(1 + streams.hidden.size()) {}
 
   // Computes every stream's input of `group` from the group before it, whose fit is `previous`;
@@ -54,16 +65,34 @@ class BlockPass {
   void Advance(LinearGroup group, const NestedWeight* previous);
   // Adds the fitted down projection's output to the residual streams.
   void Finish(const NestedWeight& down);
-  absl::StatusOr<FittingProblem> Problem(LinearGroup group) const;
+  // Once for each group.
+  absl::StatusOr<FittingProblem> Problem(LinearGroup group);
 
  private:
-  StreamStatistics Statistics(int64_t stream, int64_t cols, int64_t residual_rows) const;
+  // Adds tokens [first, first + count), whole sequences, to `sums`, on `threads` threads.
+  using AddTokens =
+      absl::FunctionRef<void(int64_t first, int64_t count, int threads, InputSums& sums)>;
+  InputSums Sum(int64_t cols, const InputSums& start, AddTokens add) const;
+  InputSums FloatSums(int64_t cols) const;
+  InputSums StreamSums(int64_t stream, int64_t cols, int64_t residual_rows) const;
+  void AddFloat(ConstMatrixView input, int threads, InputSums& sums) const;
+  // Takes the float stream through down a few sequences at a time. Its inputs are as wide as three
+  // others and nothing needs them afterwards, so only their sums are kept.
+  void AdvanceFloatDown();
   int64_t num_streams() const { return static_cast<int64_t>(inputs_.size()); }
   int64_t num_sequences() const { return streams_.float_hidden.rows() / streams_.seq_len; }
+  bool fits_float() const { return options_.float_from_level <= kNumLevels; }
   // Stream 0 is the float model.
   Matrix& Hidden(int64_t s) { return s == 0 ? streams_.float_hidden : streams_.hidden[s - 1]; }
+  // The stream's rows of a sequence.
+  MatrixView HiddenOf(int64_t stream, int64_t sequence) {
+    return MatrixView(Hidden(stream)).Rows(sequence * streams_.seq_len, streams_.seq_len);
+  }
+  ConstMatrixView InputOf(int64_t stream, int64_t sequence) const {
+    return ConstMatrixView(inputs_[stream]).Rows(sequence * streams_.seq_len, streams_.seq_len);
+  }
   void AdvanceSequence(LinearGroup group, int64_t stream, int64_t sequence, const Matrix* weight,
-                       ConstMatrixView input, MatrixView out);
+                       MatrixView out);
   // Adds what `weight` makes of the stream's inputs to its residual.
   void AddOutput(const Matrix& weight, int64_t stream);
 
@@ -72,40 +101,67 @@ class BlockPass {
   const RopeValues& rope_;
   const BlockCalibrationOptions& options_;
   CalibrationStreams& streams_;
-  std::vector<Matrix> inputs_;  // of the current group, [tokens, cols]
+  const bool fits_;
+  std::vector<Matrix> inputs_;  // of the current group, [tokens, cols]; at down not the float ones
+  std::optional<InputSums> float_down_;  // their sums
 };
 
+// `weight` is that of the group before, whose inputs inputs_ still holds.
 void BlockPass::AdvanceSequence(LinearGroup group, int64_t stream, int64_t sequence,
-                                const Matrix* weight, ConstMatrixView input, MatrixView out) {
+                                const Matrix* weight, MatrixView out) {
   const int64_t length = streams_.seq_len;
-  const MatrixView hidden = MatrixView(Hidden(stream)).Rows(sequence * length, length);
+  const MatrixView hidden = HiddenOf(stream, sequence);
   switch (group) {
     case LinearGroup::kQkv:
       RmsNorm(hidden, weights_.input_norm, config_.rms_norm_eps, out);
       break;
     case LinearGroup::kO: {
       Matrix qkv(length, weight->rows());
-      MultiplyTransposed(input, *weight, qkv);
+      MultiplyTransposed(InputOf(stream, sequence), *weight, qkv);
       Rotate(config_, rope_, length, qkv);
       CausalAttention(config_, qkv, out);
       break;
     }
     case LinearGroup::kGateUp:
-      if (stream > 0) MultiplyTransposed(input, *weight, hidden, 1, 1);
+      if (stream > 0) MultiplyTransposed(InputOf(stream, sequence), *weight, hidden, 1, 1);
       RmsNorm(hidden, weights_.post_attention_norm, config_.rms_norm_eps, out);
       break;
     case LinearGroup::kDown: {
       Matrix gate_up(length, weight->rows());
-      MultiplyTransposed(input, *weight, gate_up);
+      MultiplyTransposed(InputOf(stream, sequence), *weight, gate_up);
       SwiGlu(gate_up, out);
       break;
     }
   }
 }
 
+void BlockPass::AdvanceFloatDown() {
+  const Matrix& gate_up = weights_.of(LinearGroup::kGateUp);
+  const Matrix& down = weights_.of(LinearGroup::kDown);
+  const DeviceCopy gate_up_copy(gate_up), down_copy(down);
+  const int64_t length = streams_.seq_len;
+  const InputSums start(fits_ ? down.cols() : 0, 0);
+  float_down_ =
+      Sum(down.cols(), start, [&](int64_t first, int64_t count, int threads, InputSums& sums) {
+        Matrix input(count, down.cols());
+        ParallelFor(threads, count / length, [&](int64_t i) {
+          const int64_t sequence = first / length + i;
+          const MatrixView rows = MatrixView(input).Rows(i * length, length);
+          AdvanceSequence(LinearGroup::kDown, 0, sequence, &gate_up, rows);
+          MultiplyTransposed(rows, down, HiddenOf(0, sequence), 1, 1);
+        });
+        if (fits_) AddFloat(input, threads, sums);
+      });
+  inputs_[0] = Matrix();
+}
+
 void BlockPass::Advance(LinearGroup group, const NestedWeight* previous) {
-  const int64_t cols = weights_.of(group).cols(), length = streams_.seq_len;
+  const int64_t cols = weights_.of(group).cols();
   for (int64_t s = 0; s < num_streams(); ++s) {
+    if (group == LinearGroup::kDown && s == 0) {
+      AdvanceFloatDown();
+      continue;
+    }
     Matrix dequantized;
     const Matrix* weight = nullptr;
     if (previous != nullptr) {
@@ -118,24 +174,18 @@ void BlockPass::Advance(LinearGroup group, const NestedWeight* previous) {
     const DeviceCopy copy = weight != nullptr ? DeviceCopy(*weight) : DeviceCopy();
     Matrix out(streams_.float_hidden.rows(), cols);
     ParallelFor(options_.num_threads, num_sequences(), [&](int64_t sequence) {
-      ConstMatrixView input;
-      if (previous != nullptr) {
-        input = ConstMatrixView(inputs_[s]).Rows(sequence * length, length);
-      }
-      AdvanceSequence(group, s, sequence, weight, input,
-                      MatrixView(out).Rows(sequence * length, length));
+      AdvanceSequence(group, s, sequence, weight,
+                      MatrixView(out).Rows(sequence * streams_.seq_len, streams_.seq_len));
     });
     inputs_[s] = std::move(out);
   }
-  if (AddsToResidual(group)) AddOutput(weights_.of(group), 0);
+  if (group == LinearGroup::kO) AddOutput(weights_.of(group), 0);
 }
 
 void BlockPass::AddOutput(const Matrix& weight, int64_t stream) {
-  const int64_t length = streams_.seq_len;
   const DeviceCopy copy(weight);
   ParallelFor(options_.num_threads, num_sequences(), [&](int64_t sequence) {
-    MultiplyTransposed(ConstMatrixView(inputs_[stream]).Rows(sequence * length, length), weight,
-                       MatrixView(Hidden(stream)).Rows(sequence * length, length), 1, 1);
+    MultiplyTransposed(InputOf(stream, sequence), weight, HiddenOf(stream, sequence), 1, 1);
   });
 }
 
@@ -147,48 +197,71 @@ void BlockPass::Finish(const NestedWeight& down) {
 
 // Tokens are summed in a fixed number of parts, so that sums do not depend on the threads. Wide
 // inputs are summed in one part: its matrices are large, and its products keep every thread busy.
-StreamStatistics BlockPass::Statistics(int64_t stream, int64_t cols, int64_t residual_rows) const {
+InputSums BlockPass::Sum(int64_t cols, const InputSums& start, AddTokens add) const {
   const int64_t length = streams_.seq_len;
   const int64_t parts = cols > kPartedCols ? 1 : std::min(kStatisticsParts, num_sequences());
-  std::vector<StreamStatistics> sums(static_cast<size_t>(parts),
-                                     StreamStatistics(cols, residual_rows));
+  const int threads = parts == 1 ? options_.num_threads : 1;
+  const int64_t at_once = std::max<int64_t>(1, kTokensAtOnce / length) * length;
+  std::vector<InputSums> sums(static_cast<size_t>(parts), start);
   ParallelFor(options_.num_threads, parts, [&](int64_t part) {
     const int64_t end = (part + 1) * num_sequences() / parts * length;
     int64_t count = 0;
     for (int64_t first = part * num_sequences() / parts * length; first < end; first += count) {
-      count = std::min(kTokensAtOnce, end - first);
-      const ConstMatrixView input = ConstMatrixView(inputs_[stream]).Rows(first, count);
-      if (stream == 0) {
-        sums[part].Add(input);
-      } else if (residual_rows == 0) {
-        sums[part].Add(input, ConstMatrixView(inputs_[0]).Rows(first, count));
-      } else {
-        Matrix wanted(count, residual_rows);
-        std::copy_n(streams_.float_hidden.Row(first), wanted.size(), wanted.data());
-        AddScaled(wanted.data(), streams_.hidden[stream - 1].Row(first), -1, wanted.size());
-        sums[part].AddWanted(input, wanted);
-      }
+      count = std::min(at_once, end - first);
+      add(first, count, threads, sums[part]);
     }
   });
   for (int64_t part = 1; part < parts; ++part) sums[0].Add(sums[part]);
   return std::move(sums[0]);
 }
 
-absl::StatusOr<FittingProblem> BlockPass::Problem(LinearGroup group) const {
+void BlockPass::AddFloat(ConstMatrixView input, int threads, InputSums& sums) const {
+  AddSquares(input, threads, sums.squares);
+  if (fits_float()) sums.statistics.Add(input);
+}
+
+InputSums BlockPass::FloatSums(int64_t cols) const {
+  return Sum(cols, InputSums(cols, 0),
+             [&](int64_t first, int64_t count, int threads, InputSums& sums) {
+               AddFloat(ConstMatrixView(inputs_[0]).Rows(first, count), threads, sums);
+             });
+}
+
+InputSums BlockPass::StreamSums(int64_t stream, int64_t cols, int64_t residual_rows) const {
+  return Sum(cols, InputSums(cols, residual_rows),
+             [&](int64_t first, int64_t count, int, InputSums& sums) {
+               const ConstMatrixView input = ConstMatrixView(inputs_[stream]).Rows(first, count);
+               if (residual_rows == 0) {
+                 sums.statistics.Add(input, ConstMatrixView(inputs_[0]).Rows(first, count));
+                 return;
+               }
+               Matrix wanted(count, residual_rows);
+               std::copy_n(streams_.float_hidden.Row(first), wanted.size(), wanted.data());
+               AddScaled(wanted.data(), streams_.hidden[stream - 1].Row(first), -1, wanted.size());
+               sums.statistics.AddWanted(input, wanted);
+             });
+}
+
+absl::StatusOr<FittingProblem> BlockPass::Problem(LinearGroup group) {
   FittingProblem problem;
   problem.weight = weights_.of(group);
   const int64_t cols = problem.cols();
-  problem.importance = MeanSquares(inputs_[0], options_.num_threads);
-  const auto add_stream = [&](int64_t stream, int64_t residual_rows) -> absl::Status {
-    const StreamStatistics statistics = Statistics(stream, cols, residual_rows);
+  const InputSums of_float =
+      group == LinearGroup::kDown ? *std::exchange(float_down_, std::nullopt) : FloatSums(cols);
+  for (const double sum : of_float.squares) {
+    problem.importance.push_back(
+        static_cast<float>(sum / static_cast<double>(streams_.float_hidden.rows())));
+  }
+  const auto add_stream = [&](const InputSums& sums) -> absl::Status {
     MOBI_ASSIGN_OR_RETURN(problem.streams.emplace_back(),
-                          statistics.Problem(problem.weight, options_.damping));
+                          sums.statistics.Problem(problem.weight, options_.damping));
     return absl::OkStatus();
   };
   for (int64_t s = 1; s < num_streams(); ++s) {
-    MOBI_RETURN_IF_ERROR(add_stream(s, AddsToResidual(group) ? problem.rows() : 0));
+    const int64_t residual_rows = AddsToResidual(group) ? problem.rows() : 0;
+    MOBI_RETURN_IF_ERROR(add_stream(StreamSums(s, cols, residual_rows)));
   }
-  if (options_.float_from_level <= kNumLevels) MOBI_RETURN_IF_ERROR(add_stream(0, 0));
+  if (fits_float()) MOBI_RETURN_IF_ERROR(add_stream(of_float));
   problem.level_weights = options_.level_weights;
   for (int level = 1; level <= kNumLevels; ++level) {
     int& stream = problem.stream_of_level[level - 1];
@@ -238,7 +311,7 @@ absl::StatusOr<FittedBlock> CalibrateBlock(const ModelConfig& config, const Bloc
     return ClipBlock(config, weights, rope, options, streams, on_part);
   }
   constexpr const char* kNames[] = {"qkv", "o", "gate_up", "down"};
-  BlockPass pass(config, weights, rope, options, streams);
+  BlockPass pass(config, weights, rope, options, streams, /*fits=*/true);
   FittedBlock fitted;
   const NestedWeight* previous = nullptr;
   for (int g = 0; g < kNumLinearGroups; ++g) {
@@ -263,7 +336,7 @@ absl::StatusOr<FittedBlock> CalibrateBlock(const ModelConfig& config, const Bloc
 void AdvanceStreams(const ModelConfig& config, const BlockWeights& weights, const RopeValues& rope,
                     const BlockCalibrationOptions& options, const FittedBlock& fitted,
                     CalibrationStreams& streams) {
-  BlockPass pass(config, weights, rope, options, streams);
+  BlockPass pass(config, weights, rope, options, streams, /*fits=*/false);
   for (int g = 0; g < kNumLinearGroups; ++g) {
     pass.Advance(static_cast<LinearGroup>(g), g == 0 ? nullptr : &fitted.linear[g - 1]);
   }

@@ -74,8 +74,9 @@ class Calibration {
   // True when all blocks of the stage were there.
   bool LoadBlocks(std::string_view stage);
   absl::Status FitBlocks();
-  absl::StatusOr<FittedBlock> FitBlock(int layer, const BlockCalibrationOptions& options,
-                                       CalibrationStreams& streams);
+  // Leaves the block in the journal.
+  absl::Status FitBlock(int layer, const BlockCalibrationOptions& options,
+                        CalibrationStreams& streams);
   absl::Status TuneBlocks();
   absl::Status FitLmHead();
   RouterTrainingOptions RouterTraining() const;
@@ -147,35 +148,38 @@ absl::Status Calibration::FitBlocks() {
   streams.float_hidden = Matrix(tokens, model_.config().hidden_size);
   model_.Embed(FirstSequences(num_fit_sequences()), streams.float_hidden);
   streams.hidden.assign(options.stream_levels.size(), streams.float_hidden);
-  blocks_.clear();
   for (int layer = 0; layer < model_.num_layers(); ++layer) {
-    auto block = FitBlock(layer, options, streams);
-    if (!block.ok()) {
-      return absl::Status(block.status().code(), absl::StrCat(options_.model_dir, ": layer ", layer,
-                                                              ": ", block.status().message()));
+    const absl::Status status = FitBlock(layer, options, streams);
+    if (!status.ok()) {
+      return absl::Status(status.code(), absl::StrCat(options_.model_dir, ": layer ", layer, ": ",
+                                                      status.message()));
     }
-    blocks_.push_back(*std::move(block));
   }
-  return absl::OkStatus();
+  // Blocks are in memory only when the streams no longer are.
+  streams = {};
+  if (LoadBlocks(kFitted)) return absl::OkStatus();
+  return absl::DataLossError(absl::StrCat(options_.output_dir,
+                                          ".progress: a block written there "
+                                          "can no longer be read"));
 }
 
-absl::StatusOr<FittedBlock> Calibration::FitBlock(int layer, const BlockCalibrationOptions& options,
-                                                  CalibrationStreams& streams) {
+absl::Status Calibration::FitBlock(int layer, const BlockCalibrationOptions& options,
+                                   CalibrationStreams& streams) {
   MOBI_ASSIGN_OR_RETURN(const BlockWeights weights, model_.LoadBlock(layer));
   const std::string name = absl::StrCat("block ", layer + 1, "/", model_.num_layers());
   if (auto saved = journal_.Load(kFitted, layer, model_.config())) {
     AdvanceStreams(model_.config(), weights, model_.rope(), options, *saved, streams);
     progress_.Advance(1, name + " was fitted before");
-    return *std::move(saved);
+    return absl::OkStatus();
   }
   const auto on_part = [&](const std::string& what, double share) {
     progress_.Advance(share, absl::StrCat(name, " ", what));
     return CheckInterrupt();
   };
-  MOBI_ASSIGN_OR_RETURN(FittedBlock block, CalibrateBlock(model_.config(), weights, model_.rope(),
-                                                          options, streams, on_part));
-  MOBI_RETURN_IF_ERROR(journal_.Save(kFitted, layer, block));
-  return block;
+  MOBI_ASSIGN_OR_RETURN(
+      const FittedBlock block,
+      CalibrateBlock(model_.config(), weights, model_.rope(), options, streams, on_part));
+  return journal_.Save(kFitted, layer, block);
 }
 
 absl::Status Calibration::TuneBlocks() {
