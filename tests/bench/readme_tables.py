@@ -1,0 +1,100 @@
+#!/usr/bin/env python3
+"""Writes the tables of times in README.md from the recorded results, so that no figure there has
+been copied by hand. Each stands between a line `<!-- NAME -->` and a line `<!-- end -->`.
+
+usage: readme_tables.py [--check]   --check: exit 1 if README.md says anything else
+"""
+import pathlib
+import re
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "tests/bench/results"
+README = ROOT / "README.md"
+
+
+def fail(message):
+    sys.exit(f"readme_tables: {message}")
+
+
+def markdown_table(name, *headings):
+    """The rows of the first Markdown table of a result whose header has the headings, as dicts."""
+    cells = lambda line: [cell.strip() for cell in line.strip().strip("|").split("|")]
+    lines = (RESULTS / name).read_text().splitlines()
+    for at, line in enumerate(lines):
+        header = cells(line) if line.startswith("|") else []
+        if not set(headings) <= set(header):
+            continue
+        rows = []
+        for row in lines[at + 2:]:
+            if not row.startswith("|"):
+                break
+            rows.append(dict(zip(header, cells(row))))
+        return rows
+    fail(f"{name} has no table with {headings}")
+
+
+def column_table(name, *headings):
+    """The same of a table in plain text, whose columns end where their headings do."""
+    lines = (RESULTS / name).read_text().splitlines()
+    for at, line in enumerate(lines):
+        if not set(headings) <= set(line.split()):
+            continue
+        ends = [match.end() for match in re.finditer(r"\S+", line)]
+        rows = []
+        for row in lines[at + 1:]:
+            if not row.strip():
+                break
+            cuts = zip([0] + ends, ends)
+            rows.append(dict(zip(line.split(), (row[a:b].strip() for a, b in cuts))))
+        return rows
+    fail(f"{name} has no table with {headings}")
+
+
+def render(header, rows):
+    line = lambda cells: "| " + " | ".join(cells) + " |"
+    return [line(header), line(["---"] * len(header))] + [line(row) for row in rows]
+
+
+def gpu_step():
+    rows = markdown_table("decode-step_h200_2026-11-29.md", "bits", "after, ms", "floor, ms")
+    return render(["bits", "sequences", "ms", "times the floor of its bytes"],
+                  [[r["bits"], r["sequences"], r["after, ms"], r["after / floor"]] for r in rows])
+
+
+def gpu_prefill():
+    rows = column_table("sliced-prefill_h200_2026-11-29.txt", "tokens", "level", "us", "/cuBLAS")
+    return render(["tokens", "bits", "ms", "TFLOP/s", "times cuBLAS fp16"],
+                  [[r["tokens"], str(2 * int(r["level"])), f"{int(r['us']) / 1000:.1f}", r["TFLOP/s"],
+                    r["/cuBLAS"]] for r in rows if r["level"].isdigit()])
+
+
+def cpu_step():
+    rows = markdown_table("cpu-decode_2026-11-29.md", "round", "2 bits", "4 bits", "8 bits")
+    kept = [["MoBiServe, round " + r["round"] if r[""] == "after" else r[""], r["2 bits"],
+             r["4 bits"], r["8 bits"]] for r in rows if r[""] != "before"]
+    return render(["ms", "2 bits", "4 bits", "8 bits"], kept)
+
+
+TABLES = {"gpu step": gpu_step, "gpu prefill": gpu_prefill, "cpu step": cpu_step}
+
+
+def main():
+    old = README.read_text()
+    new = old
+    for name, rows in TABLES.items():
+        begin, end = f"<!-- {name} -->\n", "<!-- end -->"
+        if new.count(begin) != 1:
+            fail(f"README.md needs one line {begin.strip()}")
+        head, rest = new.split(begin)
+        if end not in rest:
+            fail(f"README.md has no {end} after {begin.strip()}")
+        new = head + begin + "\n".join(rows()) + "\n" + rest[rest.index(end):]
+    if "--check" in sys.argv[1:]:
+        if new != old:
+            fail("README.md differs from the results; run tests/bench/readme_tables.py")
+        return
+    README.write_text(new)
+
+
+main()
