@@ -8,6 +8,7 @@
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/attention.cc"
+#include "hwy/cache_control.h"
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
 #include "kernels/cpu/dot-inl.h"
@@ -60,12 +61,13 @@ namespace HWY_NAMESPACE {
 
 using Floats = hn::Vec<FloatTag>;
 
-// Where the tile's keys and values lie, for one KV head.
+// Where the keys and values of positions [first, end) lie, for one KV head.
 struct Tile {
   const float* k[kTilePositions];
   const float* v[kTilePositions];
+  int count;
 
-  Tile(const AttentionTask& task, int32_t first, int32_t end) {
+  Tile(const AttentionTask& task, int32_t first, int32_t end) : count(std::max(end - first, 0)) {
     const int64_t column = int64_t{task.kv_head} * task.shape.head_dim;
     for (int32_t p = first; p < end; ++p) {
       const int64_t row = int64_t{task.blocks[p / task.shape.block_size]} * task.shape.block_size +
@@ -84,16 +86,25 @@ struct RowBlock {
   HWY_ALIGN float weight[Rows][kTilePositions];
 };
 
+// Asks for columns soon to be read: the rows of a head lie too far apart for the processor to
+// foresee them. They are asked for one by one beside other work, for few can be on their way.
+HWY_INLINE void PrefetchColumns(const float* row, size_t count) {
+  constexpr size_t kLineFloats = 64 / sizeof(float);
+  for (size_t c = 0; c < count; c += kLineFloats) hwy::Prefetch(row + c);
+}
+
 // weight[r][p] = q[r] . k[p] for the first `count` positions; what follows in the last vector is
-// undefined.
+// undefined. Meanwhile the values of the first `fetch` positions are asked for.
 template <int Rows>
-HWY_INLINE void Scores(const Tile& tile, int count, size_t head_dim, RowBlock<Rows>& block) {
+HWY_INLINE void Scores(const Tile& tile, int count, int fetch, size_t head_dim,
+                       RowBlock<Rows>& block) {
   const FloatTag d;
   HWY_ALIGN float products[Rows][kLanes * kLanes];
   const size_t whole = head_dim / kLanes * kLanes;
   for (int first = 0; first < count; first += kLanes) {
     const int end = std::min<int>(count - first, kLanes);
     for (int i = 0; i < end; ++i) {
+      if (first + i < fetch) PrefetchColumns(tile.v[first + i], head_dim);
       const float* HWY_RESTRICT k = tile.k[first + i];
       Floats sum[Rows];
       for (int r = 0; r < Rows; ++r) sum[r] = hn::Zero(d);
@@ -146,8 +157,10 @@ HWY_INLINE float Softmax(float* HWY_RESTRICT weight, int count, float scale, flo
 }
 
 // value[r][columns] += sum over positions of weight[r][p] * v[p][columns], for Vectors vectors.
+// Meanwhile these columns of the first `fetch` keys of the next tile are asked for.
 template <int Rows, int Vectors>
-HWY_INLINE void WeighColumns(const Tile& tile, int count, size_t column, RowBlock<Rows>& block) {
+HWY_INLINE void WeighColumns(const Tile& tile, int count, const Tile& next, int fetch,
+                             size_t column, RowBlock<Rows>& block) {
   const FloatTag d;
   Floats sum[Rows][Vectors];
   for (int r = 0; r < Rows; ++r) {
@@ -156,6 +169,7 @@ HWY_INLINE void WeighColumns(const Tile& tile, int count, size_t column, RowBloc
     }
   }
   for (int i = 0; i < count; ++i) {
+    if (i < fetch) PrefetchColumns(next.k[i] + column, Vectors * kLanes);
     const float* HWY_RESTRICT v = tile.v[i] + column;
     Floats value[Vectors];
     for (int c = 0; c < Vectors; ++c) value[c] = hn::LoadU(d, v + c * kLanes);
@@ -172,10 +186,15 @@ HWY_INLINE void WeighColumns(const Tile& tile, int count, size_t column, RowBloc
 }
 
 template <int Rows>
-HWY_INLINE void WeighValues(const Tile& tile, int count, size_t head_dim, RowBlock<Rows>& block) {
+HWY_INLINE void WeighValues(const Tile& tile, int count, const Tile& next, int fetch,
+                            size_t head_dim, RowBlock<Rows>& block) {
   size_t c = 0;
-  for (; c + 4 * kLanes <= head_dim; c += 4 * kLanes) WeighColumns<Rows, 4>(tile, count, c, block);
-  for (; c + kLanes <= head_dim; c += kLanes) WeighColumns<Rows, 1>(tile, count, c, block);
+  for (; c + 4 * kLanes <= head_dim; c += 4 * kLanes) {
+    WeighColumns<Rows, 4>(tile, count, next, fetch, c, block);
+  }
+  for (; c + kLanes <= head_dim; c += kLanes) {
+    WeighColumns<Rows, 1>(tile, count, next, fetch, c, block);
+  }
   for (; c < head_dim; ++c) {
     for (int r = 0; r < Rows; ++r) {
       float sum = block.value[r][c];
@@ -185,10 +204,11 @@ HWY_INLINE void WeighValues(const Tile& tile, int count, size_t head_dim, RowBlo
   }
 }
 
-// Rows [first, first + Rows) of the task see the tile's first `count` positions.
+// Rows [first, first + Rows) of the task see the tile's first `count` positions. The task's first
+// rows fetch for all.
 template <int Rows>
-HWY_NOINLINE void AttendBlock(const AttentionTask& task, const Tile& tile, int count, int first,
-                              const AttentionScratch& state) {
+HWY_NOINLINE void AttendBlock(const AttentionTask& task, const Tile& tile, int count,
+                              const Tile& next, int first, const AttentionScratch& state) {
   const int head_dim = task.shape.head_dim, heads = task.heads_per_kv();
   const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
   RowBlock<Rows> block;
@@ -198,14 +218,14 @@ HWY_NOINLINE void AttendBlock(const AttentionTask& task, const Tile& tile, int c
                  int64_t{task.kv_head * heads + row % heads} * head_dim;
     block.value[r] = state.value + int64_t{row} * head_dim;
   }
-  Scores(tile, count, head_dim, block);
+  Scores(tile, count, first == 0 ? count : 0, head_dim, block);
   for (int r = 0; r < Rows; ++r) {
     const float shrink =
         Softmax(block.weight[r], count, scale, state.largest[first + r], state.total[first + r]);
     if (shrink == 1.0f) continue;
     for (int c = 0; c < head_dim; ++c) block.value[r][c] *= shrink;
   }
-  WeighValues(tile, count, head_dim, block);
+  WeighValues(tile, count, next, first == 0 ? next.count : 0, head_dim, block);
 }
 
 void RunAttention(const AttentionTask& task, float* memory) {
@@ -216,8 +236,12 @@ void RunAttention(const AttentionTask& task, float* memory) {
   std::fill_n(state.largest, rows, -std::numeric_limits<float>::infinity());
   std::fill_n(state.total, rows, 0.0f);
   const int32_t end = task.first_position + task.num_tokens;  // positions that the last token sees
-  for (int32_t start = 0; start < end; start += kTilePositions) {
-    const Tile tile(task, start, std::min(start + kTilePositions, end));
+  const auto tile_at = [&](int32_t start) {
+    return Tile(task, start, std::min(start + kTilePositions, end));
+  };
+  Tile tile = tile_at(0), next = tile;
+  for (int32_t start = 0; start < end; start += kTilePositions, tile = next) {
+    next = tile_at(start + kTilePositions);
     const auto visible = [&](int row) {
       return std::min(kTilePositions, task.first_position + row / heads + 1 - start);
     };
@@ -226,10 +250,10 @@ void RunAttention(const AttentionTask& task, float* memory) {
       int block = 1;
       while (block < kMaxBlockRows && row + block < rows && visible(row + block) == count) ++block;
       if (count > 0) {
-        if (block == 4) AttendBlock<4>(task, tile, count, row, state);
-        if (block == 3) AttendBlock<3>(task, tile, count, row, state);
-        if (block == 2) AttendBlock<2>(task, tile, count, row, state);
-        if (block == 1) AttendBlock<1>(task, tile, count, row, state);
+        if (block == 4) AttendBlock<4>(task, tile, count, next, row, state);
+        if (block == 3) AttendBlock<3>(task, tile, count, next, row, state);
+        if (block == 2) AttendBlock<2>(task, tile, count, next, row, state);
+        if (block == 1) AttendBlock<1>(task, tile, count, next, row, state);
       }
       row += block;
     }
