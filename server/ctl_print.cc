@@ -53,12 +53,22 @@ std::string DescribeSignals(const v1::PrecisionStatus& status) {
   return text;
 }
 
+// Zeros are printed too; the option has another name since protobuf 26, which later gRPC comes with.
+template <typename Options>
+void PrintZeros(Options& options) {
+  if constexpr (requires { options.always_print_primitive_fields; }) {
+    options.always_print_primitive_fields = true;
+  } else {
+    options.always_print_fields_with_no_presence = true;
+  }
+}
+
 }  // namespace
 
 std::string ToJson(const google::protobuf::Message& message) {
   google::protobuf::util::JsonPrintOptions options;
   options.preserve_proto_field_names = true;
-  options.always_print_primitive_fields = true;
+  PrintZeros(options);
   std::string json;
   const auto status = google::protobuf::util::MessageToJsonString(message, &json, options);
   return status.ok() ? json : absl::StrCat("{\"error\":\"", status.ToString(), "\"}");
