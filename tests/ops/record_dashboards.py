@@ -83,7 +83,7 @@ def draw(axes, panel, found):
             axes.plot(list(values), list(values.values()), label=label, linewidth=1)
     unit = {"s": ", seconds", "percentunit": ", 1 is all"}.get(field["unit"], "")
     axes.set_title(panel["title"] + unit, fontsize=9)
-    axes.legend(fontsize=7, loc="upper right")
+    axes.legend(fontsize=7, loc="best", framealpha=0.6)
     axes.tick_params(labelsize=7)
     axes.grid(alpha=0.3)
 
