@@ -53,7 +53,7 @@ std::string DescribeSignals(const v1::PrecisionStatus& status) {
   return text;
 }
 
-// Zeros are printed too; the option has another name since protobuf 26, which later gRPC comes with.
+// Zeros are printed too. Protobuf 26, which later gRPC comes with, renamed the option.
 template <typename Options>
 void PrintZeros(Options& options) {
   if constexpr (requires { options.always_print_primitive_fields; }) {
