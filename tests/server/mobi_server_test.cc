@@ -146,7 +146,7 @@ TEST(MobiServer, DrainingLosesNoAcceptedRequest) {
     stop = true;
     for (std::thread& client : clients) client.join();
     EXPECT_EQ(lost, 0);
-    // Late calls count too until they are refused.
+    // Late calls count too while it is decided that they are refused.
     EXPECT_TRUE(Eventually([&] { return server.server().running_requests() == 0; }));
     EXPECT_EQ(server.engine().live(), 0);
   }
