@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the tables of times in README.md from the recorded results, so that no figure there has
+"""Writes the tables of figures in README.md from the recorded results, so that no figure there has
 been copied by hand. Each stands between a line `<!-- NAME -->` and a line `<!-- end -->`.
 
 usage: readme_tables.py [--check]   --check: exit 1 if README.md says anything else
@@ -56,6 +56,15 @@ def render(header, rows):
     return [line(header), line(["---"] * len(header))] + [line(row) for row in rows]
 
 
+def perplexity():
+    rows = markdown_table("wiki-llama-perplexity.md", "target bits", "perplexity", "beside float")
+    columns = {"MoBiServe, one checkpoint": "perplexity", "beside float": "beside float",
+               "GPTQ with clip search, one checkpoint a width": "GPTQ",
+               "round-to-nearest, one checkpoint a width": "RTN"}
+    return render(["average bits"] + [r["target bits"] for r in rows],
+                  [[title] + [r[column] for r in rows] for title, column in columns.items()])
+
+
 def gpu_step():
     rows = markdown_table("decode-step_h200_2026-11-29.md", "bits", "after, ms", "floor, ms")
     return render(["bits", "sequences", "ms", "times the floor of its bytes"],
@@ -76,7 +85,8 @@ def cpu_step():
     return render(["ms", "2 bits", "4 bits", "8 bits"], kept)
 
 
-TABLES = {"gpu step": gpu_step, "gpu prefill": gpu_prefill, "cpu step": cpu_step}
+TABLES = {"perplexity": perplexity, "gpu step": gpu_step, "gpu prefill": gpu_prefill,
+          "cpu step": cpu_step}
 
 
 def main():
