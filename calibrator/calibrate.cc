@@ -382,7 +382,11 @@ absl::Status Calibration::WriteCheckpoint() {
 
 absl::Status Calibration::Run() {
   if (!LoadBlocks(kTuned)) {
-    MOBI_RETURN_IF_ERROR(FitBlocks());
+    if (!LoadBlocks(kFitted)) {
+      MOBI_RETURN_IF_ERROR(FitBlocks());
+    } else {
+      progress_.Advance(model_.num_layers(), "blocks were fitted before");
+    }
     MOBI_RETURN_IF_ERROR(TuneBlocks());
   } else {
     progress_.Advance(model_.num_layers() + TuningUnits(), "blocks were fitted and tuned before");
