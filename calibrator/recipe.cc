@@ -74,6 +74,10 @@ void VisitRecipe(Recipe& recipe, Visitor&& visit) {
   visit("tuning.train", tuning.train, 0, 1);
   visit("tuning.level_shares", tuning.level_shares, 0, 1);
   visit("tuning.pure_every", tuning.pure_every, 0, 1000000);
+  visit("tuning.allocated_share", tuning.allocated_share, 0, 1);
+  visit("tuning.allocated_bits", tuning.allocated_bits, 2, 8);
+  visit("tuning.allocated_jitter", tuning.allocated_jitter, 0, 10);
+  visit("tuning.allocated_sequences", tuning.allocated_sequences, 1, 1024);
   visit("lm_head.slices", recipe.lm_head.slices, 0, 1);
   visit("lm_head.min_level", recipe.lm_head.min_level, 1, kNumLevels);
   visit("tuning.max_memory_gib", tuning.max_memory_gib, 0, 1 << 20);
@@ -235,7 +239,7 @@ bool BaselineRecipe(std::string_view name, Recipe& recipe) {
 // price of gates is not in nats, as lm_head's losses are.
 Recipe PaperRecipe() {
   Recipe recipe;
-  recipe.fit_sequences = 0;
+  recipe.fit_sequences = 128;
   recipe.blocks.fit.base.method = BaseMethod::kClipping;
   recipe.tuning.steps = 0;
   recipe.lm_head.slices = false;

@@ -9,16 +9,11 @@
 #include "kernels/numeric.h"
 
 namespace mobi {
-namespace {
-
-// A normal draw by Box and Muller: the library's own differs between implementations.
 float Normal(std::mt19937_64& random) {
   const double u = (static_cast<double>(random() >> 11) + 0.5) * 0x1.0p-53;
   const double v = static_cast<double>(random() >> 11) * 0x1.0p-53;
   return static_cast<float>(std::sqrt(-2 * std::log(u)) * std::cos(6.283185307179586 * v));
 }
-
-}  // namespace
 
 float Sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 

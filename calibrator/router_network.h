@@ -34,6 +34,8 @@ struct RouterTrainingOptions {
 };
 
 float Sigmoid(float x);
+// A normal draw by Box and Muller: the library's own differs between implementations.
+float Normal(std::mt19937_64& random);
 // Log of the root mean square.
 float LogRms(const float* x, int64_t cols);
 

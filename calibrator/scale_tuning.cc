@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <optional>
 #include <random>
 #include <utility>
 
+#include "calibrator/level_allocation.h"
 #include "calibrator/linear_algebra.h"
 #include "calibrator/mixed_linear.h"
 #include "calibrator/parallel.h"
@@ -98,12 +100,15 @@ class ScaleTuner {
  private:
   // The float model's answers and what tuning needs of each block.
   absl::Status LoadBlocks();
+  absl::Status MeasureAllocation();
   // The first window of every sequence, then the second of every one, and so on.
   absl::Span<const int32_t> IdsOf(int64_t window) const {
     const int64_t first = window % num_sequences_ * seq_len_ + window / num_sequences_ * length_;
     return ids_.subspan(static_cast<size_t>(first), static_cast<size_t>(length_));
   }
-  double RunWindow(int64_t window, uint64_t draw, bool pure, PairGradients& gradients) const;
+  // Levels of every token and segment of a turn's window, [layer][group].
+  ModelLevels LevelsOf(int64_t turn) const;
+  double RunWindow(int64_t window, const ModelLevels& levels, PairGradients& gradients) const;
   void AddGradients(int layer, int group, ConstMatrixView x, ConstMatrixView d_out,
                     const std::vector<uint8_t>& levels, PairGradients& gradients) const;
   void Step(const std::vector<PairGradients>& gradients, float rate, int step);
@@ -127,6 +132,7 @@ class ScaleTuner {
   std::vector<BlockWeights> weights_;  // for their norms
   std::vector<std::vector<MixedLinear>> mixed_;
   std::vector<std::array<std::vector<PairTrainer>, kNumLinearGroups>> trainers_;
+  std::optional<LevelAllocation> allocation_;
 };
 
 absl::Status ScaleTuner::LoadBlocks() {
@@ -157,6 +163,19 @@ absl::Status ScaleTuner::LoadBlocks() {
   return absl::OkStatus();
 }
 
+absl::Status ScaleTuner::MeasureAllocation() {
+  if (options_.allocated_share <= 0) return absl::OkStatus();
+  const int64_t sequences = std::min(options_.allocated_sequences, num_sequences_);
+  RoutingSampleOptions sampling;
+  sampling.seed = options_.seed;
+  sampling.num_threads = options_.num_threads;
+  MOBI_ASSIGN_OR_RETURN(
+      allocation_, LevelAllocation::Measure(
+                       model_, blocks_, ids_.subspan(0, static_cast<size_t>(sequences * seq_len_)),
+                       seq_len_, sampling));
+  return absl::OkStatus();
+}
+
 void ScaleTuner::AddGradients(int layer, int group, ConstMatrixView x, ConstMatrixView d_out,
                               const std::vector<uint8_t>& levels, PairGradients& gradients) const {
   const NestedWeight& weight = blocks_[layer].linear[group];
@@ -176,20 +195,43 @@ void ScaleTuner::AddGradients(int layer, int group, ConstMatrixView x, ConstMatr
   }
 }
 
-double ScaleTuner::RunWindow(int64_t window, uint64_t draw, bool pure,
+ModelLevels ScaleTuner::LevelsOf(int64_t turn) const {
+  const uint64_t draw = options_.seed * 1000003 + static_cast<uint64_t>(turn);
+  const bool pure = options_.pure_every > 0 && turn % options_.pure_every == 0;
+  std::array<double, kNumLevels> shares = options_.level_shares;
+  if (pure) shares = {}, shares[lowest_trained() - 1] = 1;
+  std::mt19937_64 random(draw);
+  const auto uniform = [&] { return static_cast<double>(random() >> 11) * 0x1.0p-53; };
+  ModelLevels allocated;
+  if (allocation_ && !pure && uniform() < options_.allocated_share) {
+    const auto [fewest, most] = options_.allocated_bits;
+    allocated =
+        allocation_->Draw(std::lerp(fewest, most, uniform()), options_.allocated_jitter, random());
+  }
+  ModelLevels levels(static_cast<size_t>(model_.num_layers()));
+  for (int layer = 0; layer < model_.num_layers(); ++layer) {
+    for (int g = 0; g < kNumLinearGroups; ++g) {
+      const size_t count = segments_[g].size() * static_cast<size_t>(length_);
+      if (allocated.empty()) {
+        levels[layer][g] = DrawLevels(
+            {draw, static_cast<uint64_t>(layer), static_cast<uint64_t>(g)}, shares, count);
+        continue;
+      }
+      for (const uint8_t level : allocated[layer][g]) {
+        levels[layer][g].insert(levels[layer][g].end(), static_cast<size_t>(length_), level);
+      }
+    }
+  }
+  return levels;
+}
+
+double ScaleTuner::RunWindow(int64_t window, const ModelLevels& levels,
                              PairGradients& gradients) const {
   const BlockContext context{model_.config(), model_.rope(), length_};
   Matrix hidden(length_, model_.config().hidden_size);
   model_.Embed(IdsOf(window), hidden);
   std::vector<BlockTrace> traces(static_cast<size_t>(model_.num_layers()));
-  std::vector<std::array<std::vector<uint8_t>, kNumLinearGroups>> levels(traces.size());
-  std::array<double, kNumLevels> shares = options_.level_shares;
-  if (pure) shares = {}, shares[lowest_trained() - 1] = 1;
   for (int layer = 0; layer < model_.num_layers(); ++layer) {
-    for (int g = 0; g < kNumLinearGroups; ++g) {
-      levels[layer][g] = DrawLevels({draw, static_cast<uint64_t>(layer), static_cast<uint64_t>(g)},
-                                    shares, segments_[g].size() * static_cast<size_t>(length_));
-    }
     TraceBlock(
         context, weights_[layer],
         [&](LinearGroup group, ConstMatrixView x, MatrixView out) {
@@ -246,6 +288,7 @@ void ScaleTuner::Step(const std::vector<PairGradients>& gradients, float rate, i
 }
 
 absl::Status ScaleTuner::Run(const TuningCallback& on_step) {
+  MOBI_RETURN_IF_ERROR(MeasureAllocation());
   MOBI_RETURN_IF_ERROR(LoadBlocks());
   for (int step = 0; step < options_.steps; ++step) {
     std::vector<PairGradients> gradients(static_cast<size_t>(options_.batch),
@@ -253,9 +296,7 @@ absl::Status ScaleTuner::Run(const TuningCallback& on_step) {
     std::vector<double> kl(static_cast<size_t>(options_.batch));
     ParallelFor(options_.num_threads, options_.batch, [&](int64_t i) {
       const int64_t turn = int64_t{step} * options_.batch + i;
-      const bool pure = options_.pure_every > 0 && turn % options_.pure_every == 0;
-      kl[i] = RunWindow(turn % num_windows_, options_.seed * 1000003 + static_cast<uint64_t>(turn),
-                        pure, gradients[i]);
+      kl[i] = RunWindow(turn % num_windows_, LevelsOf(turn), gradients[i]);
     });
     const float progress = static_cast<float>(step) / static_cast<float>(options_.steps);
     const float rate = options_.learning_rate * 0.5f * (1 + std::cos(3.14159265f * progress));

@@ -82,12 +82,35 @@ TEST_F(ScaleTuningTest, ReadsEveryWindowOfEverySequence) {
   tuning.batch = 4;
   tuning.positions = kSeqLen / 2;
   tuning.steps = kSequences / tuning.batch + 1;
+  tuning.allocated_share = 0;  // losses are measured on whole sequences
   std::vector<double> kl, kl_of_changed;
   Tuned(tuning, ids_, kl);
   Tuned(tuning, changed, kl_of_changed);
   EXPECT_EQ(kl[0], kl_of_changed[0]);
   EXPECT_EQ(kl[1], kl_of_changed[1]);
   EXPECT_NE(kl[2], kl_of_changed[2]);
+}
+
+// An allocation of 2 bits is level 1 throughout, as pure windows read it; more bits are nearer to
+// the float model.
+TEST_F(ScaleTuningTest, AllocatedWindowsReadTheBitsTheyAreGiven) {
+  ScaleTuningOptions tuning;
+  tuning.batch = 4;
+  tuning.steps = 1;
+  tuning.pure_every = 1;
+  std::vector<double> pure, lowest, middle, highest;
+  Tuned(tuning, ids_, pure);
+  tuning.pure_every = 0;
+  tuning.allocated_share = 1;
+  tuning.allocated_bits = {2, 2};
+  Tuned(tuning, ids_, lowest);
+  tuning.allocated_bits = {4.5, 5.5};
+  Tuned(tuning, ids_, middle);
+  tuning.allocated_bits = {8, 8};
+  Tuned(tuning, ids_, highest);
+  EXPECT_EQ(pure, lowest);
+  EXPECT_LT(middle[0], lowest[0]);
+  EXPECT_LT(highest[0], middle[0]);
 }
 
 // Llama-3-8B is beyond what a host holds; wiki-llama's size is not.
