@@ -137,6 +137,10 @@ bool Calibration::LoadBlocks(std::string_view stage) {
 }
 
 absl::Status Calibration::FitBlocks() {
+  if (LoadBlocks(kFitted)) {
+    progress_.Advance(model_.num_layers(), "blocks were fitted before");
+    return absl::OkStatus();
+  }
   BlockCalibrationOptions options = options_.recipe.blocks;
   options.num_threads = options_.num_threads;
   options.clipping.gates = options_.recipe.routing.gates;
@@ -382,11 +386,7 @@ absl::Status Calibration::WriteCheckpoint() {
 
 absl::Status Calibration::Run() {
   if (!LoadBlocks(kTuned)) {
-    if (!LoadBlocks(kFitted)) {
-      MOBI_RETURN_IF_ERROR(FitBlocks());
-    } else {
-      progress_.Advance(model_.num_layers(), "blocks were fitted before");
-    }
+    MOBI_RETURN_IF_ERROR(FitBlocks());
     MOBI_RETURN_IF_ERROR(TuneBlocks());
   } else {
     progress_.Advance(model_.num_layers() + TuningUnits(), "blocks were fitted and tuned before");
