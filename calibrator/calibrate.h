@@ -24,7 +24,7 @@ struct CalibrateOptions {
   TextLayout layout = TextLayout::kPlain;
   std::string output_dir;
   bool overwrite = false;
-  int64_t num_samples = 256;
+  int64_t num_samples = 320;
   int64_t seq_len = 0;  // 0: 1024, or the model's context when that is shorter
   uint64_t seed = 1;
   int num_threads = 1;

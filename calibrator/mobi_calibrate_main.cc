@@ -26,7 +26,7 @@ ABSL_FLAG(
     std::string, recipe, "",
     "YAML file that changes the default recipe; paper: the method as published; rtn-B, gptq-B or "
     "lwc-B: a baseline at B bits");
-ABSL_FLAG(int, samples, 256, "sequences to calibrate on");
+ABSL_FLAG(int, samples, 320, "sequences to calibrate on");
 ABSL_FLAG(int, seq_len, 0, "tokens in a sequence; 0: 1024 or the model's context");
 ABSL_FLAG(uint64_t, seed, 1, "chooses the sequences and the routers' start");
 ABSL_FLAG(int, threads, 0, "threads; 0: one per core");

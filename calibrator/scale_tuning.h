@@ -19,20 +19,20 @@
 namespace mobi {
 
 struct ScaleTuningOptions {
-  int steps = 128;
-  int batch = 4;        // windows in a step
+  int steps = 80;
+  int batch = 8;        // windows in a step, each on a thread
   int positions = 512;  // tokens of a window; a sequence holds as many as fit
   float learning_rate =
-      5e-3f;  // of a range, relative to it; of a centre, relative to a step of level 1
+      6e-3f;  // of a range, relative to it; of a centre, relative to a step of level 1
   std::array<bool, kNumLevels> train = {true, false, false, false};
   // A window in every `pure_every` reads the lowest trained level throughout; 0: none.
-  int pure_every = 8;
+  int pure_every = 16;
   // So many of the others read one level in each linear, as a batch that shares its levels does:
   // the best for average bits drawn from this interval. Losses are measured on the first sequences
   // and multiplied by log-normal factors of the jitter's size, since they differ from batch to
   // batch.
   double allocated_share = 1;
-  std::array<double, 2> allocated_bits = {2.25, 3.5};
+  std::array<double, 2> allocated_bits = {2.5, 3.5};
   double allocated_jitter = 0.3;
   int64_t allocated_sequences = 4;
   // How often a token reads each level in the windows that are left.
