@@ -1,5 +1,6 @@
-// The Generate calls that were let in and have not ended: counted for metrics and drains, looked at now and then
-// for clients that stopped reading. Thread-safe. Lock order: the registry's lock, then a call's.
+// The Generate calls that were let in and have not ended: counted for metrics and drains, looked at
+// now and then for clients that stopped reading. Thread-safe. Lock order: the registry's lock, then
+// a call's.
 #ifndef MOBI_SERVER_CALL_REGISTRY_H_
 #define MOBI_SERVER_CALL_REGISTRY_H_
 

@@ -30,8 +30,8 @@ absl::StatusOr<std::string> TenantOf(const grpc::CallbackServerContext& context,
 }  // namespace
 
 void GenerateCall::Start(const absl::StatusOr<v1::GenerateRequest>& request) {
-  // Registered before it is admitted, so that a drain sees every call it let in; one that is refused
-  // is nothing to wait for, however many keep coming.
+  // Registered before it is admitted, so that a drain sees every call it let in; one that is
+  // refused is nothing to wait for, however many keep coming.
   services_.registry.Add(this);
   if (auto status = Submit(request); !status.ok()) {
     services_.registry.Remove(this);

@@ -308,7 +308,8 @@ void Metrics::AddServer(const ControlStatus& control, Families& families) const 
   series.Gauge("mobi_waiting_prompt_tokens", "Prompt tokens in the queue.",
                static_cast<double>(stats.waiting_tokens));
   series.Gauge("mobi_ready", "1: takes requests.", sources_.ready());
-  series.Gauge("mobi_active_calls", "Generate calls that were let in and have not ended.", sources_.active_calls());
+  series.Gauge("mobi_active_calls", "Generate calls that were let in and have not ended.",
+               sources_.active_calls());
   series.Counter("mobi_outbox_overflows_total", "Calls ended because the client read too slowly.",
                  static_cast<double>(outbox_overflows_.load(std::memory_order_relaxed)));
   series.Counter("mobi_write_stalls_total", "Calls ended because the client stopped reading.",
