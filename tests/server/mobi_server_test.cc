@@ -142,7 +142,8 @@ TEST(MobiServer, DrainingLosesNoAcceptedRequest) {
     }
     EXPECT_TRUE(Eventually([&] { return good > 20; }));
     server.server().Drain();
-    EXPECT_EQ(server.engine().live(), 0);
+    // The engine counts a request out after its call's end.
+    EXPECT_TRUE(Eventually([&] { return server.engine().live() == 0; }));
     stop = true;
     for (std::thread& client : clients) client.join();
     EXPECT_EQ(lost, 0);
