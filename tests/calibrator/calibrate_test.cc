@@ -57,6 +57,7 @@ class CalibrateTest : public testing::Test {
     options.recipe.routing.sequences = 4;
     options.recipe.routing.price_tokens = 32;
     options.recipe.tuning.steps = 4;
+    options.recipe.tuning.batch = 4;  // of the 8 sequences
     return options;
   }
 
@@ -119,7 +120,7 @@ TEST_F(CalibrateTest, WhatIsWrittenIsServedAndNearsTheFloatModelWithBits) {
   for (size_t i = 1; i < 4; ++i) {
     EXPECT_NEAR((*results)[i].effective_bits, evaluate.bits[i], 0.3);
   }
-  EXPECT_LT(gap(4), 0.03);
+  EXPECT_LT(gap(4), 0.02);
   EXPECT_LT(gap(3), 0.05);
 }
 
@@ -206,7 +207,7 @@ TEST_F(CalibrateTest, AnLmHeadInSlicesIsServedAndCostsLittleAtHighBits) {
   };
   const auto whole = nll("whole"), sliced = nll("sliced");
   EXPECT_NE(sliced.second, whole.second);
-  EXPECT_NEAR(sliced.second, whole.second, 4e-3);
+  EXPECT_NEAR(sliced.second, whole.second, 2e-3);
   // At 2 bits the head is read at min_level: its own error is small beside the linears'.
   EXPECT_NE(sliced.first, whole.first);
   EXPECT_NEAR(sliced.first, whole.first, 0.2);
