@@ -203,12 +203,8 @@ class Checker {
             reinterpret_cast<uint32_t*>(some.data), n * rows, count.data);
       }
     }
-    CHECK_CUDA(cudaStreamSynchronize(launch.stream));
-    unsigned long long different;
-    CHECK_CUDA(cudaMemcpy(&different, count.data, 8, cudaMemcpyDeviceToHost));
-    ++cases_;
+    const unsigned long long different = EndCase(launch, count);
     if (different != 0) {
-      ++failures_;
       std::printf("  NOT INVARIANT %ldx%ld, %d tokens: %llu words differ\n", rows, cols, tokens,
                   different);
     }
@@ -257,12 +253,8 @@ class Checker {
           reinterpret_cast<uint32_t*>(expected.data),
           reinterpret_cast<uint32_t*>(x[kLength % 3].data), tokens * n / 2, count.data);
     }
-    CHECK_CUDA(cudaStreamSynchronize(launch.stream));
-    unsigned long long different;
-    CHECK_CUDA(cudaMemcpy(&different, count.data, 8, cudaMemcpyDeviceToHost));
-    ++cases_;
+    const unsigned long long different = EndCase(launch, count);
     if (different != 0) {
-      ++failures_;
       std::printf("  CHAIN at %d tokens: %llu words differ\n", tokens, different);
     }
     CHECK_CUDA(cudaGraphExecDestroy(exec));
@@ -283,6 +275,17 @@ class Checker {
   }
 
  private:
+  // Waits for a case that counts words that differ; any makes it a failure.
+  unsigned long long EndCase(const SlicedMatmulLaunch& launch,
+                             const Device<unsigned long long>& count) {
+    CHECK_CUDA(cudaStreamSynchronize(launch.stream));
+    unsigned long long different;
+    CHECK_CUDA(cudaMemcpy(&different, count.data, 8, cudaMemcpyDeviceToHost));
+    ++cases_;
+    if (different != 0) ++failures_;
+    return different;
+  }
+
   Machine& machine_;
   uint64_t seed_ = 20260;
   std::mt19937 random_{7};
