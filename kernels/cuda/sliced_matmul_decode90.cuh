@@ -32,10 +32,10 @@ namespace mobi::cuda {
 // `level` as a template argument: 1..4, or kMixed where tiles or tokens of the block differ.
 inline constexpr int kMixed = 0;
 
-// N tokens, W warpgroups.
-template <int N, int W, bool kBf16>
-struct DecodeWarp90 : Decode90X<N, W, kBf16> {
-  using Base = Decode90X<N, W, kBf16>;
+// N tokens, W warpgroups; kEach as in Decode90Exchange.
+template <int N, int W, bool kBf16, bool kEach>
+struct DecodeWarp90 : Decode90X<N, W, kBf16, kEach> {
+  using Base = Decode90X<N, W, kBf16, kEach>;
   using Base::begin;
   using Base::end;
   using Base::Finish;
@@ -43,6 +43,7 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16> {
   using Base::first_token;
   using Base::first_unit;
   using Base::FirstOf;
+  using Base::kByMma;
   using Base::kLoadAhead;
   using Base::lane;
   using Base::MyRounds;
@@ -63,7 +64,7 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16> {
 
   uint32_t present;        // 4 bits per segment: levels that occur among the tokens
   uint32_t ring, barrier;  // this warp's, shared addresses
-  uint32_t x_at[8];        // for mma: this lane's word of each 16-byte chunk of half a group
+  int x_at[4];             // for mma: this lane's words of each quarter of a group
   // The walk of the loads.
   int fill_round, fill_left, fill_stage;
   uint32_t fill_at;
@@ -78,7 +79,7 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16> {
     ring = ptx::SharedAddress(shared) + plan.ring + warp * plan.stages * kWarpStageBytes;
     barrier = ptx::SharedAddress(shared) + plan.barriers + warp * kMaxStages * 8;
 #pragma unroll
-    for (int c = 0; c < 8; ++c) x_at[c] = lane / 4 * 128 + ((c ^ lane / 4) << 4) + lane % 4 * 4;
+    for (int q = 0; q < 4; ++q) x_at[q] = Base::OfQuarter(lane / 4, lane % 4, q);
   }
 
   // ---- Levels.
@@ -118,12 +119,12 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16> {
   // Which levels occur among the block's tokens, per segment; for mixed levels, also a copy of
   // them in shared memory (0 where there is no token).
   __device__ __forceinline__ void ReadLevels() {
-    constexpr int kEach = (N + 31) / 32;
-    int levels[kMaxSegments][kEach] = {};
+    constexpr int kPerLane = (N + 31) / 32;
+    int levels[kMaxSegments][kPerLane] = {};
 #pragma unroll
     for (int s = 0; s < kMaxSegments; ++s) {
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) {
+      for (int i = 0; i < kPerLane; ++i) {
         const int token = lane + 32 * i;
         if (s < p.num_segments && token < num_tokens) {
           levels[s][i] =
@@ -134,7 +135,7 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16> {
 #pragma unroll
     for (int s = 0; s < kMaxSegments; ++s) {
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) {
+      for (int i = 0; i < kPerLane; ++i) {
         const int token = lane + 32 * i;
         if (s >= p.num_segments || token >= N) continue;
         int level = 0;
@@ -219,8 +220,6 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16> {
 
   // ---- Products.
 
-  static constexpr bool kByMma = N == 8;
-
   // At most `pending` halves are still being multiplied. An mma's result is waited for by its use.
   template <int pending>
   static __device__ __forceinline__ void AwaitProducts() {
@@ -232,16 +231,15 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16> {
   __device__ __forceinline__ void MultiplyHalf(float (&d)[4 * NT], const uint32_t (&a)[16],
                                                int group) const {
     if constexpr (kByMma) {
-      const uint8_t* const from = shared + (2 * group + half) * (N * 128);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const uint32_t low = *reinterpret_cast<const uint32_t*>(from + x_at[2 * k]);
-        const uint32_t high = *reinterpret_cast<const uint32_t*>(from + x_at[2 * k + 1]);
-        if (half == 0 && k == 0) {
-          ptx::MmaFromZero(d, a, low, high);
+      for (int i = 0; i < 2; ++i) {
+        const uint4 x = *reinterpret_cast<const uint4*>(shared + group * 2048 + x_at[2 * half + i]);
+        if (half == 0 && i == 0) {
+          ptx::MmaFromZero(d, a, x.x, x.y);
         } else {
-          ptx::Mma(d, a + 4 * k, low, high);
+          ptx::Mma(d, a + 8 * i, x.x, x.y);
         }
+        ptx::Mma(d, a + 8 * i + 4, x.z, x.w);
       }
       return;
     }
@@ -341,10 +339,54 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16> {
     }
   }
 
-  // All units of this warpgroup, all tokens at one level. A group's second half is unpacked while
-  // the first is multiplied, and the next group's first half while the second is.
+  // All units of this warpgroup, all tokens at one level.
   template <int level>
   __device__ __forceinline__ void Run() {
+    if constexpr (kByMma) {
+      RunByMma<level>();
+    } else {
+      RunByWgmma<level>();
+    }
+  }
+
+  // What costs is instructions: a stage's groups are unrolled, so that addresses are constants.
+  template <int level>
+  __device__ __forceinline__ void RunByMma() {
+    constexpr int kGroups = GroupsPerStage(level);
+    float y[NT][4] = {};
+    const int my_rounds = MyRounds();
+    for (int round = 0; round < my_rounds; ++round) {
+      for (int first_of_stage = begin; first_of_stage < end; first_of_stage += kGroups) {
+        const int count = min(kGroups, end - first_of_stage);
+        Await();
+        const uint8_t* const from = StageData();
+#pragma unroll
+        for (int i = 0; i < kGroups; ++i) {
+          if (i >= count) break;
+          const int g = first_of_stage + i;
+          Words<level> words;
+          Take<level>(from, i, words);
+          OfX x;
+          this->template LoadAhead<level == 1>(g, x);
+          float d[4 * NT];
+          uint32_t a[16], b[16];
+          UnpackHalf<level, 0>(words.slices, a);
+          MultiplyHalf<0>(d, a, g);
+          UnpackHalf<level, 1>(words.slices, b);
+          MultiplyHalf<1>(d, b, g);
+          PromoteAll<level>(g, d, words.pairs, nullptr, x, y);
+        }
+        Release<level>();
+      }
+      Finish(round, y);
+    }
+    FinishAll();
+  }
+
+  // A group's second half is unpacked while the first is multiplied, and the next group's first
+  // half while the second is.
+  template <int level>
+  __device__ __forceinline__ void RunByWgmma() {
     constexpr int kGroups = GroupsPerStage(level);
     float y[NT][4] = {}, d[4 * NT];
     half2 pairs[2];  // of the group that is being multiplied
@@ -477,7 +519,7 @@ __global__ void __launch_bounds__(128 * W, 1)
 #if MOBI_WGMMA
   extern __shared__ __align__(1024) uint8_t shared[];
   ptx::LaunchDependents();
-  DecodeWarp90<N, W, kBf16> self(p, plan, shared);
+  DecodeWarp90<N, W, kBf16, false> self(p, plan, shared);
   self.Prepare();
   __syncthreads();
   self.ExpectFirst();

@@ -1,9 +1,9 @@
 // Exchange of the parts' sums in the decode path on compute capability 9.0, once a round. Each
 // block of the cluster adds the parts of its rows of a unit, chunks of eight. Buffers are
-// [unit of the round][buffer][part][chunk][8 x N]; a barrier in shared memory counts the bytes that
-// arrive. Where memory allows, every round has a buffer, and all are added at the end. Otherwise
-// rounds take turns with two, and the cluster's barrier frees them: a thread arrives at it when it
-// has added the round before.
+// [unit of the round][buffer][part][chunk][8 x tokens], of N tokens or, where N is 8, of the pairs
+// that there are; a barrier in shared memory counts the bytes that arrive. Where memory allows,
+// every round has a buffer, and all are added at the end. Otherwise rounds take turns with two, and
+// the cluster's barrier frees them: a thread arrives at it when it has added the round before.
 #ifndef MOBI_KERNELS_CUDA_SLICED_MATMUL_DECODE90_EXCHANGE_CUH_
 #define MOBI_KERNELS_CUDA_SLICED_MATMUL_DECODE90_EXCHANGE_CUH_
 
@@ -15,26 +15,25 @@
 
 namespace mobi::cuda {
 
-// N tokens, W warpgroups.
-template <int N, int W>
+// N tokens, W warpgroups; kEach: every round has a buffer, as the compiler sees.
+template <int N, int W, bool kEach>
 struct Decode90Exchange : Decode90Place {
   static constexpr int NT = N / 8;
   static constexpr int kWarps = 4 * W;
-  static constexpr int kChunkFloats = kChunkRows * N;
   static constexpr int kAddRows = NT == 1 ? 1 : N / 16;  // that a thread adds at once
 
   // Where this lane's sums of even rounds go, and where those it adds lie.
   uint32_t remote[2], remote_barrier[2];
   int add_from, add_token, add_row;
 
-  __device__ __forceinline__ int PartBytes() const { return kChunkFloats * 4 << plan.parts_log; }
+  __device__ __forceinline__ bool OneEach() const { return kEach || plan.one_each; }
+  __device__ __forceinline__ int ChunkBytes() const { return ExchangedBytes<N>(plan); }
+  __device__ __forceinline__ int PartBytes() const { return ChunkBytes() << plan.parts_log; }
   __device__ __forceinline__ uint32_t SumsBarrier(int buffer, int of_slot) const {
     return ptx::SharedAddress(shared) + plan.barriers +
            (kWarps * kMaxStages + of_slot * plan.round_buffers + buffer) * 8;
   }
-  __device__ __forceinline__ int BufferOf(int round) const {
-    return plan.one_each ? round : round & 1;
-  }
+  __device__ __forceinline__ int BufferOf(int round) const { return OneEach() ? round : round & 1; }
 
   __device__ __forceinline__ Decode90Exchange(const SlicedProblem& p, const Decode90Plan& plan,
                                               uint8_t* shared)
@@ -45,22 +44,22 @@ struct Decode90Exchange : Decode90Place {
     for (int h = 0; h < 2; ++h) {
       const int chunk = 2 * own + h, owner = chunk >> plan.parts_log;
       const int of_owner = chunk & ((1 << plan.parts_log) - 1);
-      remote[h] =
-          ptx::MapToRank(to + of_owner * kChunkFloats * 4, owner) + lane * (NT == 1 ? 8 : 16);
+      remote[h] = ptx::MapToRank(to + of_owner * ChunkBytes(), owner) +
+                  (NT == 1 ? (lane / 4 << plan.pairs_log) * 8 + lane % 4 * 8 : lane * 16);
       remote_barrier[h] = ptx::MapToRank(SumsBarrier(0, slot), owner);
     }
     // As many threads as values, or as rows of kAddRows values.
     const int thread = threadIdx.x - slot * (128 << plan.parts_log);
-    const int row = thread / N * kAddRows, of_lane = row % kChunkRows * 4 + thread % 8 / 2;
+    const int row = thread / N * kAddRows;
     add_token = thread % N;
     add_row = row < kChunkRows << plan.parts_log && add_token < num_tokens
                   ? (rank * kChunkRows << plan.parts_log) + row
                   : p.rows;
-    add_from =
-        buffer + row / kChunkRows * (kChunkFloats * 4) +
-        (NT == 1 ? of_lane * 2 + add_token % 2
-                 : add_token / 16 * 128 + of_lane * 4 + add_token / 8 % 2 * 2 + add_token % 2) *
-            4;
+    add_from = buffer + row / kChunkRows * ChunkBytes() +
+               (NT == 1 ? (row % kChunkRows * 2 << plan.pairs_log) + add_token
+                        : add_token / 16 * 128 + (row % kChunkRows * 4 + add_token % 8 / 2) * 4 +
+                              add_token / 8 % 2 * 2 + add_token % 2) *
+                   4;
   }
 
   // Before the first round.
@@ -78,13 +77,15 @@ struct Decode90Exchange : Decode90Place {
 
   // Sends the sums of a round on their way and clears them.
   __device__ __forceinline__ void Finish(int round, float (&y)[NT][4]) const {
-    if (round == 0 || !plan.one_each) ptx::ClusterWait();
+    if (round == 0 || !OneEach()) ptx::ClusterWait();
     const uint32_t other = BufferOf(round) * kParts * PartBytes(), bar = BufferOf(round) * 8;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       if constexpr (NT == 1) {
-        ptx::StoreClusterAsync(remote[h] + other, make_float2(y[0][2 * h], y[0][2 * h + 1]),
-                               remote_barrier[h] + bar);
+        if (lane % 4 >> plan.pairs_log == 0) {
+          ptx::StoreClusterAsync(remote[h] + other, make_float2(y[0][2 * h], y[0][2 * h + 1]),
+                                 remote_barrier[h] + bar);
+        }
       } else {
 #pragma unroll
         for (int j = 0; j < NT; j += 2) {
@@ -97,14 +98,14 @@ struct Decode90Exchange : Decode90Place {
     }
 #pragma unroll
     for (int j = 0; j < NT; ++j) y[j][0] = y[j][1] = y[j][2] = y[j][3] = 0;
-    if (plan.one_each) return;
+    if (OneEach()) return;
     if (round > 0) Add(round - 1);
     if (round + 1 < rounds) ptx::ClusterArriveRelaxed();
   }
 
   // What is left after this warpgroup's last unit.
   __device__ __forceinline__ void FinishAll() const {
-    if (plan.one_each) {
+    if (OneEach()) {
       if (MyRounds() == 0) ptx::ClusterWait();
 #pragma unroll 1
       for (int round = 0; round < MyRounds(); ++round) Add(round);
@@ -126,7 +127,7 @@ struct Decode90Exchange : Decode90Place {
     if (p.residual != nullptr && row < p.rows) {  // before the wait, to save a round trip
       LoadResidual<kAddRows>(p, first_token + add_token, row, residual);
     }
-    ptx::BarrierWait(SumsBarrier(BufferOf(round), slot), plan.one_each ? 0 : round >> 1 & 1);
+    ptx::BarrierWait(SumsBarrier(BufferOf(round), slot), OneEach() ? 0 : round >> 1 & 1);
     if (row < p.rows) {
       const uint8_t* const from = shared + add_from + BufferOf(round) * kParts * PartBytes();
       float sum[kAddRows];
@@ -144,7 +145,7 @@ struct Decode90Exchange : Decode90Place {
         AddToResidual<kAddRows>(p, first_token + add_token, row, residual, sum);
       }
     }
-    if (!plan.one_each) Expect(round + 2);
+    if (!OneEach()) Expect(round + 2);
   }
 };
 

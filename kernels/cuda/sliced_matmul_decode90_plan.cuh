@@ -58,6 +58,12 @@ void CutRows(int units, int clusters, Decode90Plan& plan) {
   plan.one_each = MostRounds(plan) <= plan.round_buffers;
 }
 
+// What a block gets of one part's sums of one chunk of rows.
+template <int N>
+__host__ __device__ constexpr int ExchangedBytes(const Decode90Plan& plan) {
+  return kChunkRows * 4 * (N == 8 ? 2 << plan.pairs_log : N);
+}
+
 // Lays out shared memory for plan.stages; `groups` of x, `head_bytes` for a router.
 template <int N, int W>
 void LayOut(int groups, int head_bytes, Decode90Plan& plan) {
@@ -73,7 +79,8 @@ void LayOut(int groups, int head_bytes, Decode90Plan& plan) {
   plan.sums = take(groups * N * 4);
   plan.bias = take(groups * N * 8);
   plan.unit = take(groups * N * 4);
-  plan.buffers = take(plan.round_units * plan.round_buffers * kParts * parts * kChunkRows * N * 4);
+  plan.buffers =
+      take(plan.round_units * plan.round_buffers * kParts * parts * ExchangedBytes<N>(plan));
   plan.levels = take(kMaxSegments * N);
   plan.barriers = take((4 * W * kMaxStages + plan.round_buffers * W) * 8);
   plan.head = take(head_bytes);

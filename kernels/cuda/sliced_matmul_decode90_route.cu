@@ -26,7 +26,7 @@ bool MakePlan(const SlicedMatmulLaunch& launch, const SlicedProblem& problem, in
   plan.round_buffers = MostRounds(plan);
   plan.one_each = true;
   bool fits = FitShared<N, W>(problem, kHeadBytes, plan);
-  if (!fits) {
+  if (!fits && !kRoutedEach<N>) {
     plan = two_buffers;
     fits = FitShared<N, W>(problem, kHeadBytes, plan);
   }

@@ -56,9 +56,13 @@ __device__ __forceinline__ void SetLevel(const RouteParams&, int token, int segm
   atomicOr(&s.present, 1u << (4 * segment + level - 1));
 }
 
+// Of at most eight tokens, every round has a buffer for its exchange.
+template <int N>
+inline constexpr bool kRoutedEach = N == 8;
+
 template <int N, int W>
-struct RoutedDecode90 : DecodeWarp90<N, W, false> {
-  using Base = DecodeWarp90<N, W, false>;
+struct RoutedDecode90 : DecodeWarp90<N, W, false, kRoutedEach<N>> {
+  using Base = DecodeWarp90<N, W, false, kRoutedEach<N>>;
   using Base::block_groups;
   using Base::first_group;
   using Base::GroupOf;
@@ -339,12 +343,9 @@ struct RoutedDecode90 : DecodeWarp90<N, W, false> {
     if (warp >= kW1Warps) return;
     const int g = lane / 4, t = lane % 4, of_hidden = warp / kRouteWarps, w = warp % kRouteWarps;
     float sums[NT][4] = {}, squares[NT] = {};
-    // Where WriteChunk put this lane's eight columns of the first turn, of token g.
-    const int column = w * 4 + t, word = column % 4;
-    const uint8_t* row =
-        shared + (2 * (column / 16) + word / 2) * (N * 128) + g * 128 + column % 16 / 4 * 4;
-    const int chunk = word % 2 * 4;
-    constexpr int kTurnBytes = kTurnCols / kGroupSize * 2 * N * 128;
+    // Where WriteChunk put this lane's eight columns of the first turn.
+    const int group = w / 4, of_token = w % 4;
+    constexpr int kTurnGroups = kTurnCols / kGroupSize;
 #pragma unroll
     for (int turn = 0; turn < kMaxTurns; ++turn) {
       if (turn >= turns) break;
@@ -358,11 +359,7 @@ struct RoutedDecode90 : DecodeWarp90<N, W, false> {
       const uint32_t high[4] = {a[0].z, a[1].z, a[0].w, a[1].w};
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
-        const auto at = [&](int i) {
-          return *reinterpret_cast<const uint32_t*>(row + (((chunk + i) ^ g) << 4) +
-                                                    turn * kTurnBytes + n * 1024);
-        };
-        const uint4 x = make_uint4(at(0), at(1), at(2), at(3));
+        const uint4 x = this->LoadQuarter(group + turn * kTurnGroups, t, n, g, of_token);
         if (of_hidden == 0) AddSquares(x, squares[n]);
         Mma<half>(sums[n], low, x.x, x.y);
         Mma<half>(sums[n], high, x.z, x.w);

@@ -1,7 +1,8 @@
 // x of the decode path on compute capability 9.0, in shared memory: fp16 in the order of the
 // fragments' columns, with the sums over each group that biases and offsets meet.
-// Layout: [group][half of 64 columns][token] of 128 bytes, swizzled for wgmma. Half a warp carries
-// one group of one token, 16 bytes a lane.
+// Layout: [group][half of 64 columns][token] of 128 bytes, swizzled for wgmma; for mma (N = 8)
+// [group][quarter of 32 columns][token][lane of the token] of 16 bytes, so that a lane has its
+// words of a quarter in one load. Half a warp carries one group of one token, 16 bytes a lane.
 #ifndef MOBI_KERNELS_CUDA_SLICED_MATMUL_DECODE90_X_CUH_
 #define MOBI_KERNELS_CUDA_SLICED_MATMUL_DECODE90_X_CUH_
 
@@ -17,9 +18,9 @@
 
 namespace mobi::cuda {
 
-template <int N, int W, bool kBf16>
-struct Decode90X : Decode90Exchange<N, W> {
-  using Base = Decode90Exchange<N, W>;
+template <int N, int W, bool kBf16, bool kEach>
+struct Decode90X : Decode90Exchange<N, W, kEach> {
+  using Base = Decode90Exchange<N, W, kEach>;
   using Base::Base;
   using Base::block_groups;
   using Base::first_group;
@@ -73,9 +74,22 @@ struct Decode90X : Decode90Exchange<N, W> {
     }
   }
 
+  // Products by mma, each warp for itself, or by its warpgroup's wgmma.
+  static constexpr bool kByMma = N == 8;
+
+  // Of four words of a token's quarter, in the layout for mma: the lanes of a warp that read one
+  // quarter meet different banks, and so do those that read four.
+  static __device__ __forceinline__ int OfQuarter(int token, int t, int quarter) {
+    return quarter * 512 + token * 64 + ((t ^ quarter) << 4);
+  }
+
   // Eight halves: columns 8 (lane % 16) .. of the group.
   __device__ __forceinline__ void WriteChunk(int group, int token, const uint4& v) const {
     const int column = lane % 16, word = lane % 4, t = column / 4;
+    if constexpr (kByMma) {
+      *reinterpret_cast<uint4*>(shared + group * 2048 + OfQuarter(token, t, word)) = v;
+      return;
+    }
     uint8_t* const row = shared + (2 * group + word / 2) * (N * 128) + token * 128 + t * 4;
     const int chunk = word % 2 * 4, swizzle = token % 8;
     *reinterpret_cast<uint32_t*>(row + ((chunk ^ swizzle) << 4)) = v.x;
@@ -91,6 +105,21 @@ struct Decode90X : Decode90Exchange<N, W> {
       WriteX(first, v);
     }
     ptx::FenceAsyncProxy();
+  }
+
+  // The four words, of a quarter of a group, of tile `tile`'s token `token` and its lane `t`: low
+  // and high words of two steps of 16 columns.
+  __device__ __forceinline__ uint4 LoadQuarter(int group, int quarter, int tile, int token,
+                                               int t) const {
+    if constexpr (kByMma) {
+      return *reinterpret_cast<const uint4*>(shared + group * 2048 + OfQuarter(token, t, quarter));
+    }
+    const uint8_t* const row =
+        shared + (2 * group + quarter / 2) * (N * 128) + tile * 1024 + token * 128 + t * 4;
+    const auto at = [&](int i) {
+      return *reinterpret_cast<const uint32_t*>(row + ((quarter % 2 * 4 + i ^ token) << 4));
+    };
+    return make_uint4(at(0), at(1), at(2), at(3));
   }
 
   __device__ __forceinline__ uint64_t XOperand(int group, int half) const {
@@ -114,20 +143,16 @@ struct Decode90X : Decode90Exchange<N, W> {
     for (int item = warp; item < block_groups * NT; item += kWarps) {
       const int g = item / NT, j = item % NT;
       if (j >= tiles) continue;
-      // Row of token lane / 4, the word of this lane's t in the swizzled chunk.
-      const uint8_t* const from = shared + 2 * g * (N * 128) + (8 * j + row) * 128 + lane % 4 * 4;
       float d[4];
 #pragma unroll
-      for (int k = 0; k < 8; ++k) {
-        const uint8_t* const half = from + k / 4 * (N * 128);
-        const uint32_t low = *reinterpret_cast<const uint32_t*>(half + ((k % 4 * 2 ^ row) << 4));
-        const uint32_t high =
-            *reinterpret_cast<const uint32_t*>(half + (((k % 4 * 2 + 1) ^ row) << 4));
-        if (k == 0) {
-          ptx::MmaFromZero(d, a[0], low, high);
+      for (int q = 0; q < 4; ++q) {
+        const uint4 x = LoadQuarter(g, q, j, row, lane % 4);
+        if (q == 0) {
+          ptx::MmaFromZero(d, a[0], x.x, x.y);
         } else {
-          ptx::Mma(d, a[k % 2], low, high);
+          ptx::Mma(d, a[0], x.x, x.y);
         }
+        ptx::Mma(d, a[1], x.z, x.w);
       }
       ptx::KeepBefore(d[0], d[1]);  // an mma must not move into the branch of some lanes
       if (row <= 2) {
