@@ -54,48 +54,61 @@ __device__ __forceinline__ void MergeTiles(const AttentionParams& p, int64_t fir
 // Rotates the query rows in their fragments: columns d and d + head_dim / 2 of a row are the same
 // lane's, half the steps apart.
 template <typename T, int kHeadDim>
-__device__ __forceinline__ void RotateQueries(const DecodeRope& rope, int query, int t,
-                                              uint32_t (&q)[kHeadDim / 16][4]) {
-  constexpr int kHalf = kHeadDim / 32;  // steps
-  const int64_t at = rope.positions[query] * rope.table_stride + 2 * t;
+struct QueryAngles {
+  static constexpr int kHalf = kHeadDim / 32;  // steps
+  float2 cos[kHalf][2], sin[kHalf][2];
+
+  // `at`: of the token's row in the tables.
+  __device__ __forceinline__ void Load(const DecodeRope& rope, int64_t at, int t) {
 #pragma unroll
-  for (int step = 0; step < kHalf; ++step) {
+    for (int step = 0; step < kHalf; ++step) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int64_t col = at + step * 16 + 8 * i;
-      const float2 cos = *reinterpret_cast<const float2*>(rope.cos + col);
-      const float2 sin = *reinterpret_cast<const float2*>(rope.sin + col);
+      for (int i = 0; i < 2; ++i) {
+        const int64_t col = at + step * 16 + 8 * i + 2 * t;
+        cos[step][i] = *reinterpret_cast<const float2*>(rope.cos + col);
+        sin[step][i] = *reinterpret_cast<const float2*>(rope.sin + col);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void Turn(uint32_t (&q)[kHeadDim / 16][4]) const {
 #pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        uint32_t& low = q[step][2 * i + row];
-        uint32_t& high = q[step + kHalf][2 * i + row];
+    for (int step = 0; step < kHalf; ++step) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        uint32_t& low = q[step][e];
+        uint32_t& high = q[step + kHalf][e];
         const float2 a = Unpack<T>(low), b = Unpack<T>(high);
-        const float2 first = Rotate(a.x, b.x, cos.x, sin.x);
-        const float2 second = Rotate(a.y, b.y, cos.y, sin.y);
+        const float2 c = cos[step][e / 2], s = sin[step][e / 2];
+        const float2 first = Rotate(a.x, b.x, c.x, s.x);
+        const float2 second = Rotate(a.y, b.y, c.y, s.y);
         low = Pack<T>(first.x, second.x);
         high = Pack<T>(first.y, second.y);
       }
     }
   }
-}
+};
 
 // The step's own token in the tile that holds it: its k and v go to the cache and, as the copies
 // brought older bytes, to row `row` of the tile in shared memory. One element pair per thread.
 template <typename T, int kHeadDim>
 struct OwnToken {
   T k[2], v[2];
+  float cos, sin;
 
   __device__ __forceinline__ static int Dim() {
     return static_cast<int>(threadIdx.x) % (kHeadDim / 2);
   }
 
+  // `at`: of the token's row in the tables.
+  __device__ __forceinline__ void LoadAngles(const DecodeRope& rope, int64_t at) {
+    cos = rope.cos[at + Dim()], sin = rope.sin[at + Dim()];
+  }
+
   __device__ __forceinline__ void Load(const AttentionParams& p, int query, int kv_head) {
-    const int d = Dim();
     const T* at = static_cast<const T*>(p.q) + query * p.q_stride +
-                  (int64_t{p.num_kv_heads} * p.group + kv_head) * kHeadDim + d;
-    const int64_t table = p.rope.positions[query] * p.rope.table_stride + d;
-    const float2 turned =
-        Rotate(ToFloat(at[0]), ToFloat(at[kHeadDim / 2]), p.rope.cos[table], p.rope.sin[table]);
+                  (int64_t{p.num_kv_heads} * p.group + kv_head) * kHeadDim + Dim();
+    const float2 turned = Rotate(ToFloat(at[0]), ToFloat(at[kHeadDim / 2]), cos, sin);
     k[0] = FromFloat<T>(turned.x), k[1] = FromFloat<T>(turned.y);
     at += int64_t{p.num_kv_heads} * kHeadDim;
     v[0] = at[0], v[1] = at[kHeadDim / 2];
@@ -117,7 +130,9 @@ struct OwnToken {
 // A block takes tiles blockIdx.x, + gridDim.x, ... of one sequence and kv head; the rows of its mma
 // are the group's heads. Warps share a tile: 32 tokens each for the scores, a part of the dims each
 // for the values. The blocks of one sequence and kv head are a cluster and merge together, or,
-// without clusters, the last of them to arrive merges.
+// without clusters, the last of them to arrive merges. Where the step's own token comes with q, the
+// cache holds what earlier steps wrote, and tiles are asked for before the previous kernel has
+// ended: what a step uploads was there before its first kernel began.
 template <typename T, int kHeadDim, bool kClusters>
 __global__ void __launch_bounds__(kAttentionThreads)
     DecodeAttentionKernel(const __grid_constant__ AttentionParams p) {
@@ -132,7 +147,8 @@ __global__ void __launch_bounds__(kAttentionThreads)
   const int tid = static_cast<int>(threadIdx.x), warp = tid / 32, lane = tid % 32;
   const int g = lane / 4, t = lane % 4;
   AllowNext();
-  WaitForPrevious();
+  const bool with_rope = p.rope.cos != nullptr;
+  if (!with_rope) WaitForPrevious();
   const int seq = p.first_seq + static_cast<int>(blockIdx.z);
   const int kv_head = static_cast<int>(blockIdx.y);
   const int32_t* blocks = p.block_table + int64_t{seq} * p.block_table_stride;
@@ -143,14 +159,24 @@ __global__ void __launch_bounds__(kAttentionThreads)
   const int query = p.query_start[seq];
   const int queries = p.query_start[seq + 1] - query;
   const int context = p.context_len[seq];
-  if (queries != 1) return;
+  if (queries != 1) {
+    WaitForPrevious();  // a kernel that ends tells the next that all before it have ended
+    return;
+  }
   const int tiles = (context + kTileTokens - 1) / kTileTokens;
   const int64_t kv_col = int64_t{kv_head} * kHeadDim;
   const int64_t first_head = (int64_t{blockIdx.z} * p.num_kv_heads + kv_head) * p.group;
 
   uint32_t q[kHeadDim / 16][4];
+  QueryAngles<T, kHeadDim> angles;
   OwnToken<T, kHeadDim> own_token;
   int own_slot = -1;
+  if (with_rope && tile < tiles) {
+    const int64_t at = p.rope.positions[query] * p.rope.table_stride;
+    angles.Load(p.rope, at, t);
+    own_token.LoadAngles(p.rope, at);
+    own_slot = p.rope.slots[query];
+  }
   if (tile < tiles) {
     rows[0][tid] = own < context ? own_block * p.block_size + own % p.block_size : -1;
     __syncthreads();
@@ -158,14 +184,16 @@ __global__ void __launch_bounds__(kAttentionThreads)
     CommitCopies();
     CopyTile<T, kHeadDim>(v_tile, p.v, p.v_stride, kv_col, rows[0]);
     CommitCopies();
+  }
+  if (with_rope) WaitForPrevious();
+  if (tile < tiles) {
     const T* head = static_cast<const T*>(p.q) + query * p.q_stride +
                     (int64_t{kv_head} * p.group + g) * kHeadDim;
     LoadQueries<T, kHeadDim>(g < p.group ? head : nullptr,
                              g + 8 < p.group ? head + 8 * kHeadDim : nullptr, t, q);
-    if (p.rope.cos != nullptr) {
-      RotateQueries<T, kHeadDim>(p.rope, query, t, q);
-      own_slot = p.rope.slots[query];
+    if (with_rope) {
       own_token.Load(p, query, kv_head);
+      angles.Turn(q);
     }
   }
   for (int buffer = 0; tile < tiles; tile += static_cast<int>(gridDim.x), buffer ^= 1) {

@@ -62,12 +62,18 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16, kEach> {
   using Base::XOperand;
   using typename Base::OfX;
 
+  // A stage's place in the warp's walk.
+  struct OfWalk {
+    int round, left;  // groups of the round, from there on
+    uint32_t at;
+  };
+
   uint32_t present;        // 4 bits per segment: levels that occur among the tokens
   uint32_t ring, barrier;  // this warp's, shared addresses
   int x_at[4];             // for mma: this lane's words of each quarter of a group
-  // The walk of the loads.
-  int fill_round, fill_left, fill_stage;
-  uint32_t fill_at;
+  // The walk of the loads: what is asked for next.
+  OfWalk fill;
+  int fill_stage;
   // The walk of the products.
   int stage;
   uint32_t parity;
@@ -98,7 +104,8 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16, kEach> {
 
   // ---- What happens before the previous kernel has ended.
 
-  __device__ __forceinline__ void Prepare() {
+  // First of all: the fence waits for what this thread has loaded.
+  __device__ __forceinline__ void InitBarriers() {
     if (lane < plan.stages) ptx::BarrierInit(barrier + lane * 8, 1);
     if (warp == 0) {
       for (int i = lane; i < plan.round_buffers * W; i += 32)
@@ -106,12 +113,13 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16, kEach> {
     }
     ptx::FenceBarrierInit();
     ptx::FenceAsyncProxy();
-    if (lane == 0) {
-      for (int round = 0, left = kPrefetchBytes; round < MyRounds() && left > 0; ++round) {
-        const int bytes = min((end - begin) * kTileBytes, left);
-        ptx::BulkPrefetch(p.slices[0] + size_t{FirstOf(round)} * 32, bytes);
-        left -= bytes;
-      }
+  }
+
+  // A lane asks for the rows of one round.
+  __device__ __forceinline__ void Prefetch() {
+    const int of_round = (end - begin) * kTileBytes, bytes = kPrefetchBytes - lane * of_round;
+    if (lane < MyRounds() && bytes > 0) {
+      ptx::BulkPrefetch(p.slices[0] + size_t{FirstOf(lane)} * 32, min(of_round, bytes));
     }
     __syncwarp();
   }
@@ -152,53 +160,69 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16, kEach> {
   // ---- Loads of weights.
 
   template <int level>
+  static constexpr int kStageGroups = level == kMixed ? 1 : GroupsPerStage(level);
+
+  template <int level>
+  __device__ __forceinline__ OfWalk StageOfWalk(int i) const {
+    constexpr int kGroups = kStageGroups<level>;
+    const int groups = end - begin, of_round = (groups + kGroups - 1) / kGroups;
+    const int round =
+        static_cast<int>(__fdividef(static_cast<float>(i) + 0.5f, static_cast<float>(of_round)));
+    const int passed = (i - round * of_round) * kGroups;
+    return {round, groups - passed, FirstOf(round) + passed};
+  }
+
+  // A lane asks for one stage.
+  template <int level>
   __device__ __forceinline__ void Start() {
     stage = fill_stage = 0;
     parity = 0;
-    fill_round = 0;
-    fill_left = end - begin;
-    fill_at = FirstOf(0);
-    for (int i = 0; i < plan.stages; ++i) Fill<level>();
+    const OfWalk own = StageOfWalk<level>(lane);
+    if (lane < plan.stages && own.round < MyRounds()) Ask<level>(lane, own);
+    __syncwarp();
+    fill = StageOfWalk<level>(plan.stages);
+  }
+
+  // By one thread, or one for each stage.
+  template <int level>
+  __device__ __forceinline__ void Ask(int of_ring, const OfWalk& from) const {
+    constexpr int kGroups = kStageGroups<level>;
+    const int count = min(kGroups, from.left);
+    const uint32_t to = ring + of_ring * kWarpStageBytes, bar = barrier + of_ring * 8;
+    if constexpr (level != kMixed) {
+      ptx::BarrierArriveExpecting(bar, count * (level * kTileBytes + kTileScaleBytes));
+#pragma unroll
+      for (int s = 0; s < level; ++s) {
+        ptx::BulkCopy(to + s * kGroups * kTileBytes, p.slices[s] + size_t{from.at} * 32,
+                      count * kTileBytes, bar);
+      }
+      ptx::BulkCopy(to + kWarpStageScales, p.scales[level - 1] + size_t{from.at} * 4,
+                    count * kTileScaleBytes, bar);
+    } else {
+      const uint32_t levels = LevelsOf(TileOf(UnitOf(from.round), own));
+      ptx::BarrierArriveExpecting(
+          bar, (32 - __clz(levels)) * kTileBytes + __popc(levels) * kTileScaleBytes);
+#pragma unroll
+      for (int s = 0; s < kNumSlices; ++s) {
+        if (levels >> s == 0) break;
+        ptx::BulkCopy(to + s * kTileBytes, p.slices[s] + size_t{from.at} * 32, kTileBytes, bar);
+        if ((levels >> s & 1) == 0) continue;
+        ptx::BulkCopy(to + kWarpStageScales + s * kTileScaleBytes,
+                      p.scales[s] + size_t{from.at} * 4, kTileScaleBytes, bar);
+      }
+    }
   }
 
   // Asks for the next stage.
   template <int level>
   __device__ __forceinline__ void Fill() {
-    if (fill_round >= MyRounds()) return;
-    constexpr int kGroups = level == kMixed ? 1 : GroupsPerStage(level);
-    const int count = min(kGroups, fill_left);
-    const uint32_t to = ring + fill_stage * kWarpStageBytes, bar = barrier + fill_stage * 8;
-    if (lane == 0) {
-      if constexpr (level != kMixed) {
-        ptx::BarrierArriveExpecting(bar, count * (level * kTileBytes + kTileScaleBytes));
-#pragma unroll
-        for (int s = 0; s < level; ++s) {
-          ptx::BulkCopy(to + s * kGroups * kTileBytes, p.slices[s] + size_t{fill_at} * 32,
-                        count * kTileBytes, bar);
-        }
-        ptx::BulkCopy(to + kWarpStageScales, p.scales[level - 1] + size_t{fill_at} * 4,
-                      count * kTileScaleBytes, bar);
-      } else {
-        const uint32_t levels = LevelsOf(TileOf(UnitOf(fill_round), own));
-        ptx::BarrierArriveExpecting(
-            bar, (32 - __clz(levels)) * kTileBytes + __popc(levels) * kTileScaleBytes);
-#pragma unroll
-        for (int s = 0; s < kNumSlices; ++s) {
-          if (levels >> s == 0) break;
-          ptx::BulkCopy(to + s * kTileBytes, p.slices[s] + size_t{fill_at} * 32, kTileBytes, bar);
-          if ((levels >> s & 1) == 0) continue;
-          ptx::BulkCopy(to + kWarpStageScales + s * kTileScaleBytes,
-                        p.scales[s] + size_t{fill_at} * 4, kTileScaleBytes, bar);
-        }
-      }
-    }
+    if (fill.round >= MyRounds()) return;
+    const int count = min(kStageGroups<level>, fill.left);
+    if (lane == 0) Ask<level>(fill_stage, fill);
     fill_stage = fill_stage + 1 == plan.stages ? 0 : fill_stage + 1;
-    fill_at += count;
-    fill_left -= count;
-    if (fill_left > 0) return;
-    ++fill_round;
-    fill_left = end - begin;
-    fill_at = FirstOf(fill_round);
+    fill.at += count;
+    fill.left -= count;
+    if (fill.left == 0) fill = {fill.round + 1, end - begin, FirstOf(fill.round + 1)};
   }
 
   __device__ __forceinline__ const uint8_t* StageData() const {
@@ -520,7 +544,8 @@ __global__ void __launch_bounds__(128 * W, 1)
   extern __shared__ __align__(1024) uint8_t shared[];
   ptx::LaunchDependents();
   DecodeWarp90<N, W, kBf16, false> self(p, plan, shared);
-  self.Prepare();
+  self.InitBarriers();
+  self.Prefetch();
   __syncthreads();
   self.ExpectFirst();
   ptx::ClusterArriveRelaxed();  // this block's barriers are ready: Finish waits for all

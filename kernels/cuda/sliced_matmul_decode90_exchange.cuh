@@ -15,6 +15,11 @@
 
 namespace mobi::cuda {
 
+template <int n>
+inline constexpr int kLog = n == 1 ? 0 : 1 + kLog<n / 2>;
+template <>
+inline constexpr int kLog<1> = 0;
+
 // N tokens, W warpgroups; kEach: every round has a buffer, as the compiler sees.
 template <int N, int W, bool kEach>
 struct Decode90Exchange : Decode90Place {
@@ -22,9 +27,8 @@ struct Decode90Exchange : Decode90Place {
   static constexpr int kWarps = 4 * W;
   static constexpr int kAddRows = NT == 1 ? 1 : N / 16;  // that a thread adds at once
 
-  // Where this lane's sums of even rounds go, and where those it adds lie.
+  // Where this lane's sums of even rounds go.
   uint32_t remote[2], remote_barrier[2];
-  int add_from, add_token, add_row;
 
   __device__ __forceinline__ bool OneEach() const { return kEach || plan.one_each; }
   __device__ __forceinline__ int ChunkBytes() const { return ExchangedBytes<N>(plan); }
@@ -48,29 +52,24 @@ struct Decode90Exchange : Decode90Place {
                   (NT == 1 ? (lane / 4 << plan.pairs_log) * 8 + lane % 4 * 8 : lane * 16);
       remote_barrier[h] = ptx::MapToRank(SumsBarrier(0, slot), owner);
     }
-    // As many threads as values, or as rows of kAddRows values.
-    const int thread = threadIdx.x - slot * (128 << plan.parts_log);
-    const int row = thread / N * kAddRows;
-    add_token = thread % N;
-    add_row = row < kChunkRows << plan.parts_log && add_token < num_tokens
-                  ? (rank * kChunkRows << plan.parts_log) + row
-                  : p.rows;
-    add_from = buffer + row / kChunkRows * ChunkBytes() +
-               (NT == 1 ? (row % kChunkRows * 2 << plan.pairs_log) + add_token
-                        : add_token / 16 * 128 + (row % kChunkRows * 4 + add_token % 8 / 2) * 4 +
-                              add_token / 8 % 2 * 2 + add_token % 2) *
-                   4;
+  }
+
+  // Of a unit's warpgroups.
+  __device__ __forceinline__ int SlotThreads() const { return 128 << plan.parts_log; }
+  __device__ __forceinline__ int SlotThread() const {
+    return static_cast<int>(threadIdx.x) - slot * SlotThreads();
   }
 
   // Before the first round.
   __device__ __forceinline__ void ExpectFirst() const {
-#pragma unroll 1
-    for (int round = 0; round < plan.round_buffers; ++round) Expect(round);
+    for (int round = SlotThread(); round < plan.round_buffers; round += SlotThreads()) {
+      Expect(round);
+    }
   }
 
   // Lets the round's barrier wait for all parts. One thread per unit.
   __device__ __forceinline__ void Expect(int round) const {
-    if (threadIdx.x == slot * (128 << plan.parts_log) && round < MyRounds()) {
+    if (round < MyRounds()) {
       ptx::BarrierArriveExpecting(SumsBarrier(BufferOf(round), slot), kParts * PartBytes());
     }
   }
@@ -107,9 +106,7 @@ struct Decode90Exchange : Decode90Place {
   __device__ __forceinline__ void FinishAll() const {
     if (OneEach()) {
       if (MyRounds() == 0) ptx::ClusterWait();
-#pragma unroll 1
-      for (int round = 0; round < MyRounds(); ++round) Add(round);
-      return;
+      return AddRounds(0, MyRounds());
     }
     if (!HasUnit(rounds - 1)) {
       ptx::ClusterWait();
@@ -120,32 +117,60 @@ struct Decode90Exchange : Decode90Place {
     }
   }
 
-  // Adds the parts of this block's rows of the unit and stores them.
+  // Adds the parts of a round, and lets its buffer be filled again.
   __device__ __forceinline__ void Add(int round) const {
-    const int row = UnitOf(round) * kUnitRows + add_row;
+    AddRounds(round, 1);
+    if (SlotThread() == 0) Expect(round + 2);
+  }
+
+  // Adds the parts of this block's rows of the rounds' units and stores them: a thread has kAddRows
+  // rows of a token.
+  __device__ __forceinline__ void AddRounds(int first, int count) const {
+    const int tokens_log = NT == 1 ? plan.pairs_log + 1 : kLog<N>;
+    const int rows_log = kLog<kChunkRows / kAddRows> + plan.parts_log;
+    const int round_log = tokens_log + rows_log;
+#pragma unroll 1
+    for (int e = SlotThread(); e < count << round_log; e += SlotThreads()) {
+      const int token = e & ((1 << tokens_log) - 1);
+      const int row = (e >> tokens_log & ((1 << rows_log) - 1)) * kAddRows;
+      AddRows(first + (e >> round_log), row, token);
+    }
+  }
+
+  // Row 0 is the first of this block's.
+  __device__ __forceinline__ void AddRows(int round, int of_block, int token) const {
+    const int row = UnitOf(round) * kUnitRows + (rank * kChunkRows << plan.parts_log) + of_block;
+    const bool valid = token < num_tokens && row < p.rows;
     float residual[kAddRows];
-    if (p.residual != nullptr && row < p.rows) {  // before the wait, to save a round trip
-      LoadResidual<kAddRows>(p, first_token + add_token, row, residual);
+    if (p.residual != nullptr && valid) {  // before the wait, to save a round trip
+      LoadResidual<kAddRows>(p, first_token + token, row, residual);
     }
     ptx::BarrierWait(SumsBarrier(BufferOf(round), slot), OneEach() ? 0 : round >> 1 & 1);
-    if (row < p.rows) {
-      const uint8_t* const from = shared + add_from + BufferOf(round) * kParts * PartBytes();
-      float sum[kAddRows];
+    if (!valid) return;
+    const uint8_t* const from =
+        shared + plan.buffers +
+        (slot * plan.round_buffers + BufferOf(round)) * kParts * PartBytes() +
+        of_block / kChunkRows * ChunkBytes() + PlaceInChunk(of_block % kChunkRows, token) * 4;
+    float sum[kAddRows];
 #pragma unroll
-      for (int r = 0; r < kAddRows; ++r) {
-        float value[kParts];
+    for (int r = 0; r < kAddRows; ++r) {
+      float value[kParts];
 #pragma unroll
-        for (int k = 0; k < kParts; ++k) {
-          value[k] = *reinterpret_cast<const float*>(from + k * PartBytes() + r * 64);
-        }
-        sum[r] = SumOfParts(value);
+      for (int k = 0; k < kParts; ++k) {
+        value[k] = *reinterpret_cast<const float*>(from + k * PartBytes() + r * 64);
       }
-      StoreRows<kAddRows>(p, first_token + add_token, row, sum);
-      if (p.residual != nullptr) {
-        AddToResidual<kAddRows>(p, first_token + add_token, row, residual, sum);
-      }
+      sum[r] = SumOfParts(value);
     }
-    if (!OneEach()) Expect(round + 2);
+    StoreRows<kAddRows>(p, first_token + token, row, sum);
+    if (p.residual != nullptr) {
+      AddToResidual<kAddRows>(p, first_token + token, row, residual, sum);
+    }
+  }
+
+  // In floats, as Finish sends them.
+  __device__ __forceinline__ int PlaceInChunk(int row, int token) const {
+    if constexpr (NT == 1) return (row * 2 << plan.pairs_log) + token;
+    return token / 16 * 128 + (row * 4 + token % 8 / 2) * 4 + token / 8 % 2 * 2 + token % 2;
   }
 };
 

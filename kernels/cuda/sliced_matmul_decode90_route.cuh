@@ -67,6 +67,7 @@ struct RoutedDecode90 : DecodeWarp90<N, W, false, kRoutedEach<N>> {
   using Base::first_group;
   using Base::GroupOf;
   using Base::Items;
+  using Base::kByMma;
   using Base::kWarps;
   using Base::lane;
   using Base::NT;
@@ -137,7 +138,13 @@ struct RoutedDecode90 : DecodeWarp90<N, W, false, kRoutedEach<N>> {
     }
   }
 
-  __device__ __forceinline__ void PrepareHead() {
+  __device__ __forceinline__ void InitHeadBarriers() const {
+    if (tid != 0) return;
+    ptx::BarrierInit(SumsArrive(), 1);
+    ptx::BarrierInit(SquaresArrive(), 1);
+  }
+
+  __device__ __forceinline__ void LoadHead() {
     LoadW1();
     if (r.input == RouteInput::kNorm && tid * 4 < turns * kTurnCols) {
       ptx::CopyAsync16(ptx::SharedAddress(s.norm_weight + tid * 4),
@@ -156,11 +163,7 @@ struct RoutedDecode90 : DecodeWarp90<N, W, false, kRoutedEach<N>> {
     }
     ptx::CommitCopies();
     if (tid < kMaxSegments * N) s.levels[tid / N][tid % N] = 0;
-    if (tid == 0) {
-      s.present = 0;
-      ptx::BarrierInit(SumsArrive(), 1);
-      ptx::BarrierInit(SquaresArrive(), 1);
-    }
+    if (tid == 0) s.present = 0;
   }
 
   __device__ __forceinline__ void ExpectHead() const {
@@ -332,7 +335,7 @@ struct RoutedDecode90 : DecodeWarp90<N, W, false, kRoutedEach<N>> {
     }
     StoreBatch(own);
     ptx::WaitCopies<0>();
-    ptx::FenceAsyncProxy();
+    if constexpr (!kByMma) ptx::FenceAsyncProxy();
   }
 
   // ---- The router.
@@ -461,8 +464,10 @@ __global__ void __launch_bounds__(128 * W, 1)
   extern __shared__ __align__(1024) uint8_t shared[];
   ptx::LaunchDependents();
   RoutedDecode90<N, W> self(p, plan, route, shared);
-  self.PrepareHead();
-  self.Prepare();
+  self.InitHeadBarriers();
+  self.InitBarriers();
+  self.LoadHead();
+  self.Prefetch();
   __syncthreads();
   self.ExpectFirst();
   self.ExpectHead();

@@ -104,7 +104,7 @@ struct Decode90X : Decode90Exchange<N, W, kEach> {
       if (first != warp) ReadX(first, v);
       WriteX(first, v);
     }
-    ptx::FenceAsyncProxy();
+    if constexpr (!kByMma) ptx::FenceAsyncProxy();
   }
 
   // The four words, of a quarter of a group, of tile `tile`'s token `token` and its lane `t`: low
