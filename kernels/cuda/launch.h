@@ -1,8 +1,8 @@
 // How the CUDA ops are launched: stream, device limits and scratch memory in one place. Each launch
 // returns its error; CudaBackend makes the first one sticky. Host code only, one thread.
 // With dependent_launch a kernel may start while the one before it still runs; every kernel of ours
-// therefore calls WaitForPrevious() (device.cuh) before it touches anything but weights and what was
-// there before the step's first kernel.
+// therefore calls WaitForPrevious() (device.cuh) before it touches anything but weights and what
+// was there before the step's first kernel.
 #ifndef MOBI_KERNELS_CUDA_LAUNCH_H_
 #define MOBI_KERNELS_CUDA_LAUNCH_H_
 
@@ -35,8 +35,8 @@ cudaError_t LaunchClusters(const LaunchContext& context, uint32_t cluster_size,
                            Args&&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
   if (shared_bytes > 48 * 1024) {
-    cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
     // As the matmuls divide a multiprocessor: another division would have to wait for their end.
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
