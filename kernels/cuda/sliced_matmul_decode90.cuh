@@ -62,6 +62,10 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16, kEach> {
   using Base::XOperand;
   using typename Base::OfX;
 
+  // Rounds begin..end - 1, whose units have one level, or kMixed.
+  struct Stretch {
+    int begin, end, level;
+  };
   // A stage's place in the warp's walk.
   struct OfWalk {
     int round, left;  // groups of the round, from there on
@@ -71,17 +75,18 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16, kEach> {
   uint32_t present;        // 4 bits per segment: levels that occur among the tokens
   uint32_t ring, barrier;  // this warp's, shared addresses
   int x_at[4];             // for mma: this lane's words of each quarter of a group
-  // The walk of the loads: what is asked for next.
-  OfWalk fill;
-  int fill_stage;
-  // The walk of the products.
-  int stage;
-  uint32_t parity;
+  Stretch stretch;
+  OfWalk fill;      // what is asked for next, and into
+  int fill_stage;   // which stage
+  int stage;        // whose groups are multiplied next, and
+  uint32_t parity;  // of its barrier
 
   __device__ __forceinline__ DecodeWarp90(const SlicedProblem& problem, const Decode90Plan& choices,
                                           uint8_t* memory)
       : Base(problem, choices, memory) {
     present = 0;
+    stage = fill_stage = 0;
+    parity = 0;
     ring = ptx::SharedAddress(shared) + plan.ring + warp * plan.stages * kWarpStageBytes;
     barrier = ptx::SharedAddress(shared) + plan.barriers + warp * kMaxStages * 8;
 #pragma unroll
@@ -93,13 +98,25 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16, kEach> {
   __device__ __forceinline__ uint32_t LevelsOf(int tile) const {
     return (present >> (4 * SegmentOf(tile))) & 15;
   }
-  // The level of all tokens in all tiles of the run, or kMixed.
-  __device__ __forceinline__ int CommonLevel() const {
-    const int first = TileOf(first_unit, 0), last = TileOf(first_unit + num_units, -1);
+  // The level of all tokens in all tiles of these units, or kMixed.
+  __device__ __forceinline__ int LevelOf(int unit, int units) const {
+    const int first = TileOf(unit, 0), last = TileOf(unit + units, -1);
     const uint32_t levels = LevelsOf(first);
     bool same = (levels & (levels - 1)) == 0 && LevelsOf(last) == levels;
     if (SegmentOf(last) - SegmentOf(first) == 2) same &= ((present >> 4) & 15) == levels;
     return same ? 32 - __clz(levels) : kMixed;
+  }
+
+  // The next rounds whose units have one level: mostly all, but segments may differ.
+  __device__ __forceinline__ void NextStretch(int round) {
+    stretch = {round, MyRounds(), LevelOf(first_unit, num_units)};
+    fill_stage = stage;
+    if (stretch.level != kMixed || round == MyRounds()) return;
+    stretch.level = LevelOf(UnitOf(round), 1);
+    stretch.end = round + 1;
+    while (stretch.end < MyRounds() && LevelOf(UnitOf(stretch.end), 1) == stretch.level) {
+      ++stretch.end;
+    }
   }
 
   // ---- What happens before the previous kernel has ended.
@@ -162,23 +179,23 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16, kEach> {
   template <int level>
   static constexpr int kStageGroups = level == kMixed ? 1 : GroupsPerStage(level);
 
+  // The i-th of the stretch.
   template <int level>
   __device__ __forceinline__ OfWalk StageOfWalk(int i) const {
     constexpr int kGroups = kStageGroups<level>;
     const int groups = end - begin, of_round = (groups + kGroups - 1) / kGroups;
-    const int round =
+    const int rounds =
         static_cast<int>(__fdividef(static_cast<float>(i) + 0.5f, static_cast<float>(of_round)));
-    const int passed = (i - round * of_round) * kGroups;
+    const int passed = (i - rounds * of_round) * kGroups, round = stretch.begin + rounds;
     return {round, groups - passed, FirstOf(round) + passed};
   }
 
-  // A lane asks for one stage.
+  // Asks for the first stages of the stretch, a lane for each. All of the ring is free.
   template <int level>
   __device__ __forceinline__ void Start() {
-    stage = fill_stage = 0;
-    parity = 0;
-    const OfWalk own = StageOfWalk<level>(lane);
-    if (lane < plan.stages && own.round < MyRounds()) Ask<level>(lane, own);
+    const int from_next = lane - fill_stage;
+    const OfWalk own = StageOfWalk<level>(from_next < 0 ? from_next + plan.stages : from_next);
+    if (lane < plan.stages && own.round < stretch.end) Ask<level>(lane, own);
     __syncwarp();
     fill = StageOfWalk<level>(plan.stages);
   }
@@ -216,7 +233,7 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16, kEach> {
   // Asks for the next stage.
   template <int level>
   __device__ __forceinline__ void Fill() {
-    if (fill.round >= MyRounds()) return;
+    if (fill.round >= stretch.end) return;
     const int count = min(kStageGroups<level>, fill.left);
     if (lane == 0) Ask<level>(fill_stage, fill);
     fill_stage = fill_stage + 1 == plan.stages ? 0 : fill_stage + 1;
@@ -363,10 +380,13 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16, kEach> {
     }
   }
 
-  // All units of this warpgroup, all tokens at one level.
+  // A stretch. The first has been started.
   template <int level>
   __device__ __forceinline__ void Run() {
-    if constexpr (kByMma) {
+    if (stretch.begin > 0) Start<level>();
+    if constexpr (level == kMixed) {
+      RunMixed();
+    } else if constexpr (kByMma) {
       RunByMma<level>();
     } else {
       RunByWgmma<level>();
@@ -378,8 +398,7 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16, kEach> {
   __device__ __forceinline__ void RunByMma() {
     constexpr int kGroups = GroupsPerStage(level);
     float y[NT][4] = {};
-    const int my_rounds = MyRounds();
-    for (int round = 0; round < my_rounds; ++round) {
+    for (int round = stretch.begin; round < stretch.end; ++round) {
       for (int first_of_stage = begin; first_of_stage < end; first_of_stage += kGroups) {
         const int count = min(kGroups, end - first_of_stage);
         Await();
@@ -404,7 +423,6 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16, kEach> {
       }
       Finish(round, y);
     }
-    FinishAll();
   }
 
   // A group's second half is unpacked while the first is multiplied, and the next group's first
@@ -414,8 +432,7 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16, kEach> {
     constexpr int kGroups = GroupsPerStage(level);
     float y[NT][4] = {}, d[4 * NT];
     half2 pairs[2];  // of the group that is being multiplied
-    const int my_rounds = MyRounds();
-    for (int round = 0; round < my_rounds; ++round) {
+    for (int round = stretch.begin; round < stretch.end; ++round) {
       int i = 0;  // of the stage
       const uint8_t* from = nullptr;
       int before = end - 1;
@@ -432,8 +449,9 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16, kEach> {
         OfX x;
         this->template LoadAhead<level == 1>(before, x);
         AwaitProducts<0>();
-        if (g > begin || round > 0) PromoteAll<level>(before, d, pairs, nullptr, x, y);
-        if (g == begin && round > 0) Finish(round - 1, y);
+        const bool later = round > stretch.begin;
+        if (g > begin || later) PromoteAll<level>(before, d, pairs, nullptr, x, y);
+        if (g == begin && later) Finish(round - 1, y);
         MultiplyHalf<0>(d, a, g);
         UnpackHalf<level, 1>(words.slices, b);
         MultiplyHalf<1>(d, b, g);
@@ -446,21 +464,17 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16, kEach> {
       }
     }
     AwaitProducts<0>();
-    if (my_rounds > 0) {
-      OfX x;
-      this->template LoadAhead<level == 1>(end - 1, x);
-      PromoteAll<level>(end - 1, d, pairs, nullptr, x, y);
-      Finish(my_rounds - 1, y);
-    }
-    FinishAll();
+    OfX x;
+    this->template LoadAhead<level == 1>(end - 1, x);
+    PromoteAll<level>(end - 1, d, pairs, nullptr, x, y);
+    Finish(stretch.end - 1, y);
   }
 
   // A level of its own for every token: the codes of each level that occurs in the unit are
   // multiplied by all tokens, and each token takes what is of its level.
   __device__ __forceinline__ void RunMixed() {
-    const int my_rounds = MyRounds();
     float y[NT][4] = {};
-    for (int round = 0; round < my_rounds; ++round) {
+    for (int round = stretch.begin; round < stretch.end; ++round) {
       const int unit = UnitOf(round);
       uint32_t occur = 0;
 #pragma unroll
@@ -477,7 +491,6 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16, kEach> {
       }
       Finish(round, y);
     }
-    FinishAll();
   }
 
   template <int level>
@@ -502,36 +515,37 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16, kEach> {
     PromoteAll<level>(g, d, pairs, own_levels, x, y);
   }
 
-  // ---- By the level that CommonLevel found.
+  // ---- All units.
 
-  __device__ __forceinline__ void StartAt(int level) {
-    switch (level) {
+  // Calls with the stretch's level as a template argument.
+  template <typename Call>
+  __device__ __forceinline__ void AtLevel(const Call& call) {
+    switch (stretch.level) {
       case 1:
-        return Start<1>();
+        return call.template operator()<1>();
       case 2:
-        return Start<2>();
+        return call.template operator()<2>();
       case 3:
-        return Start<3>();
+        return call.template operator()<3>();
       case 4:
-        return Start<4>();
+        return call.template operator()<4>();
       default:
-        return Start<kMixed>();
+        return call.template operator()<kMixed>();
     }
   }
 
-  __device__ __forceinline__ void RunAt(int level) {
-    switch (level) {
-      case 1:
-        return Run<1>();
-      case 2:
-        return Run<2>();
-      case 3:
-        return Run<3>();
-      case 4:
-        return Run<4>();
-      default:
-        return RunMixed();
+  // Asks for the first weights: levels are known, x need not be.
+  __device__ __forceinline__ void Begin() {
+    NextStretch(0);
+    AtLevel([&]<int level>() { Start<level>(); });
+  }
+
+  __device__ __forceinline__ void RunAll() {
+    while (stretch.begin < stretch.end) {
+      AtLevel([&]<int level>() { Run<level>(); });
+      NextStretch(stretch.end);
     }
+    FinishAll();
   }
 };
 
@@ -553,13 +567,12 @@ __global__ void __launch_bounds__(128 * W, 1)
   uint4 v[self.kBatch];
   self.ReadX(self.warp, v);
   self.ReadLevels();
-  const int level = self.CommonLevel();
-  self.StartAt(level);
+  self.Begin();
   self.StageX(v);
   __syncthreads();
   self.SumX();
   __syncthreads();
-  self.RunAt(level);
+  self.RunAll();
 #endif
 }
 

@@ -321,17 +321,16 @@ struct RoutedDecode90 : DecodeWarp90<N, W, false, kRoutedEach<N>> {
   }
 
   __device__ __forceinline__ void MakeX() const {
-    Eight v[2] = {ReadSource(warp), ReadSource(warp + kWarps)};
+    Eight v = ReadSource(warp);
     const OfBatch own = LoadBatch();
     ptx::ClusterWait();  // every block has begun, and may be sent to
     ptx::ClusterArriveRelaxed();
     if (r.input == RouteInput::kNorm) Measure();
 #pragma unroll 1
-    for (int item = warp; item < Items(); item += 2 * kWarps) {
-      const Eight next[2] = {ReadSource(item + 2 * kWarps), ReadSource(item + 3 * kWarps)};
-      Make(item, v[0]);
-      if (item + kWarps < Items()) Make(item + kWarps, v[1]);
-      v[0] = next[0], v[1] = next[1];
+    for (int item = warp; item < Items(); item += kWarps) {
+      const Eight next = ReadSource(item + kWarps);
+      Make(item, v);
+      v = next;
     }
     StoreBatch(own);
     ptx::WaitCopies<0>();
@@ -480,10 +479,9 @@ __global__ void __launch_bounds__(128 * W, 1)
   self.Share();
   self.SumX();  // while the sums are under way
   self.Choose();
-  const int level = self.CommonLevel();
-  self.StartAt(level);
+  self.Begin();
   self.Publish();
-  self.RunAt(level);
+  self.RunAll();
 #endif
 }
 
