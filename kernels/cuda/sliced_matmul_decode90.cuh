@@ -5,7 +5,8 @@
 // or a few, whose x stays in shared memory. A block's warpgroups take units and parts by turns.
 // Each warp streams its 16 rows through a ring of its own by bulk copies, unpacks them into
 // fragments and multiplies them by N tokens in shared memory: with its warpgroup (wgmma), or, for
-// N = 8, by itself (mma). The parts' sums go straight into the memory of the block that adds them.
+// N <= 16, by itself (mma). The parts' sums go straight into the memory of the block that adds
+// them.
 //
 // Sum of one output: that of sliced_matmul_decode.cuh. A chain of eight wgmma gives the bits of a
 // chain of eight mma (sliced-bench and the op tests check it), and N does not matter, so a token's
@@ -274,13 +275,18 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16, kEach> {
     if constexpr (kByMma) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const uint4 x = *reinterpret_cast<const uint4*>(shared + group * 2048 + x_at[2 * half + i]);
-        if (half == 0 && i == 0) {
-          ptx::MmaFromZero(d, a, x.x, x.y);
-        } else {
-          ptx::Mma(d, a + 8 * i, x.x, x.y);
+#pragma unroll
+        for (int j = 0; j < NT; ++j) {
+          auto& of_tile = reinterpret_cast<float(&)[4]>(d[4 * j]);
+          const uint4 x =
+              *reinterpret_cast<const uint4*>(Base::TileAt(group, j) + x_at[2 * half + i]);
+          if (half == 0 && i == 0) {
+            ptx::MmaFromZero(of_tile, a, x.x, x.y);
+          } else {
+            ptx::Mma(of_tile, a + 8 * i, x.x, x.y);
+          }
+          ptx::Mma(of_tile, a + 8 * i + 4, x.z, x.w);
         }
-        ptx::Mma(d, a + 8 * i + 4, x.z, x.w);
       }
       return;
     }

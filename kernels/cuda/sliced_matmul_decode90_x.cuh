@@ -1,8 +1,9 @@
 // x of the decode path on compute capability 9.0, in shared memory: fp16 in the order of the
 // fragments' columns, with the sums over each group that biases and offsets meet.
-// Layout: [group][half of 64 columns][token] of 128 bytes, swizzled for wgmma; for mma (N = 8)
-// [group][quarter of 32 columns][token][lane of the token] of 16 bytes, so that a lane has its
-// words of a quarter in one load. Half a warp carries one group of one token, 16 bytes a lane.
+// Layout: [group][half of 64 columns][token] of 128 bytes, swizzled for wgmma; for mma (N <= 16)
+// [group][eight tokens][quarter of 32 columns][token][lane of the token] of 16 bytes, so that a
+// lane has its words of a quarter in one load. Half a warp carries one group of one token, 16 bytes
+// a lane.
 #ifndef MOBI_KERNELS_CUDA_SLICED_MATMUL_DECODE90_X_CUH_
 #define MOBI_KERNELS_CUDA_SLICED_MATMUL_DECODE90_X_CUH_
 
@@ -75,10 +76,14 @@ struct Decode90X : Decode90Exchange<N, W, kEach> {
   }
 
   // Products by mma, each warp for itself, or by its warpgroup's wgmma.
-  static constexpr bool kByMma = N == 8;
+  static constexpr bool kByMma = N <= 16;
 
-  // Of four words of a token's quarter, in the layout for mma: the lanes of a warp that read one
-  // quarter meet different banks, and so do those that read four.
+  // In the layout for mma: eight tokens of a group.
+  __device__ __forceinline__ uint8_t* TileAt(int group, int tile) const {
+    return shared + (group * NT + tile) * 2048;
+  }
+  // Therein four words of a token's quarter: the lanes of a warp that read one quarter meet
+  // different banks, and so do those that read four.
   static __device__ __forceinline__ int OfQuarter(int token, int t, int quarter) {
     return quarter * 512 + token * 64 + ((t ^ quarter) << 4);
   }
@@ -87,7 +92,7 @@ struct Decode90X : Decode90Exchange<N, W, kEach> {
   __device__ __forceinline__ void WriteChunk(int group, int token, const uint4& v) const {
     const int column = lane % 16, word = lane % 4, t = column / 4;
     if constexpr (kByMma) {
-      *reinterpret_cast<uint4*>(shared + group * 2048 + OfQuarter(token, t, word)) = v;
+      *reinterpret_cast<uint4*>(TileAt(group, token / 8) + OfQuarter(token % 8, t, word)) = v;
       return;
     }
     uint8_t* const row = shared + (2 * group + word / 2) * (N * 128) + token * 128 + t * 4;
@@ -112,7 +117,7 @@ struct Decode90X : Decode90Exchange<N, W, kEach> {
   __device__ __forceinline__ uint4 LoadQuarter(int group, int quarter, int tile, int token,
                                                int t) const {
     if constexpr (kByMma) {
-      return *reinterpret_cast<const uint4*>(shared + group * 2048 + OfQuarter(token, t, quarter));
+      return *reinterpret_cast<const uint4*>(TileAt(group, tile) + OfQuarter(token, t, quarter));
     }
     const uint8_t* const row =
         shared + (2 * group + quarter / 2) * (N * 128) + tile * 1024 + token * 128 + t * 4;
