@@ -3,10 +3,9 @@
 //
 // Work. A cluster of blocks takes a run of units of 64 rows; each block has one part of the columns
 // or a few, whose x stays in shared memory. A block's warpgroups take units and parts by turns.
-// Each warp streams its 16 rows through a ring of its own by bulk copies, unpacks them into
-// fragments and multiplies them by N tokens in shared memory: with its warpgroup (wgmma), or, for
-// N <= 16, by itself (mma). The parts' sums go straight into the memory of the block that adds
-// them.
+// Each warp streams its 16 rows through a ring of its own, unpacks them into fragments and
+// multiplies them by N tokens in shared memory: with its warpgroup (wgmma), or, for N <= 16, by
+// itself (mma). The parts' sums go straight into the memory of the block that adds them.
 //
 // Sum of one output: that of sliced_matmul_decode.cuh. A chain of eight wgmma gives the bits of a
 // chain of eight mma (sliced-bench and the op tests check it), and N does not matter, so a token's
@@ -73,25 +72,25 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16, kEach> {
     uint32_t at;
   };
 
-  uint32_t present;        // 4 bits per segment: levels that occur among the tokens
-  uint32_t ring, barrier;  // this warp's, shared addresses
-  int x_at[4];             // for mma: this lane's words of each quarter of a group
+  uint32_t present;  // 4 bits per segment: levels that occur among the tokens
+  uint32_t ring;     // this lane's 16 bytes of the warp's, a shared address
+  int x_at[4];       // for mma: this lane's words of each quarter of a group
   Stretch stretch;
-  OfWalk fill;      // what is asked for next, and into
-  int fill_stage;   // which stage
-  int stage;        // whose groups are multiplied next, and
-  uint32_t parity;  // of its barrier
+  OfWalk fill;  // what is asked for next, and into
+  int fill_stage;
+  int stage;  // whose groups are multiplied next
 
   __device__ __forceinline__ DecodeWarp90(const SlicedProblem& problem, const Decode90Plan& choices,
                                           uint8_t* memory)
       : Base(problem, choices, memory) {
     present = 0;
     stage = fill_stage = 0;
-    parity = 0;
-    ring = ptx::SharedAddress(shared) + plan.ring + warp * plan.stages * kWarpStageBytes;
-    barrier = ptx::SharedAddress(shared) + plan.barriers + warp * kMaxStages * 8;
+    ring =
+        ptx::SharedAddress(shared) + plan.ring + warp * plan.stages * kWarpStageBytes + lane * 16;
+    // Of no token: the last one's again, which costs shared memory no time.
+    const int token = NT == 1 ? min(lane / 4, num_tokens - 1) : lane / 4;
 #pragma unroll
-    for (int q = 0; q < 4; ++q) x_at[q] = Base::OfQuarter(lane / 4, lane % 4, q);
+    for (int q = 0; q < 4; ++q) x_at[q] = Base::OfQuarter(token, lane % 4, q);
   }
 
   // ---- Levels.
@@ -111,7 +110,6 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16, kEach> {
   // The next rounds whose units have one level: mostly all, but segments may differ.
   __device__ __forceinline__ void NextStretch(int round) {
     stretch = {round, MyRounds(), LevelOf(first_unit, num_units)};
-    fill_stage = stage;
     if (stretch.level != kMixed || round == MyRounds()) return;
     stretch.level = LevelOf(UnitOf(round), 1);
     stretch.end = round + 1;
@@ -123,18 +121,16 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16, kEach> {
   // ---- What happens before the previous kernel has ended.
 
   // First of all: the fence waits for what this thread has loaded.
-  __device__ __forceinline__ void InitBarriers() {
-    if (lane < plan.stages) ptx::BarrierInit(barrier + lane * 8, 1);
+  __device__ __forceinline__ void InitBarriers() const {
     if (warp == 0) {
       for (int i = lane; i < plan.round_buffers * W; i += 32)
         ptx::BarrierInit(SumsBarrier(i, 0), 1);
     }
     ptx::FenceBarrierInit();
-    ptx::FenceAsyncProxy();
   }
 
   // A lane asks for the rows of one round.
-  __device__ __forceinline__ void Prefetch() {
+  __device__ __forceinline__ void Prefetch() const {
     const int of_round = (end - begin) * kTileBytes, bytes = kPrefetchBytes - lane * of_round;
     if (lane < MyRounds() && bytes > 0) {
       ptx::BulkPrefetch(p.slices[0] + size_t{FirstOf(lane)} * 32, min(of_round, bytes));
@@ -175,88 +171,97 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16, kEach> {
     present = __reduce_or_sync(~0u, present);
   }
 
-  // ---- Loads of weights.
+  // ---- Loads of weights, by copies of 16 bytes: a lane reads what it has copied itself, but for
+  // the ranges. (Bulk copies of so few bytes take the copy engine longer than they take memory.)
 
   template <int level>
   static constexpr int kStageGroups = level == kMixed ? 1 : GroupsPerStage(level);
 
-  // The i-th of the stretch.
-  template <int level>
-  __device__ __forceinline__ OfWalk StageOfWalk(int i) const {
-    constexpr int kGroups = kStageGroups<level>;
-    const int groups = end - begin, of_round = (groups + kGroups - 1) / kGroups;
-    const int rounds =
-        static_cast<int>(__fdividef(static_cast<float>(i) + 0.5f, static_cast<float>(of_round)));
-    const int passed = (i - rounds * of_round) * kGroups, round = stretch.begin + rounds;
-    return {round, groups - passed, FirstOf(round) + passed};
-  }
-
-  // Asks for the first stages of the stretch, a lane for each. All of the ring is free.
+  // Asks for the first stages of the stretch. All of the ring is free.
   template <int level>
   __device__ __forceinline__ void Start() {
-    const int from_next = lane - fill_stage;
-    const OfWalk own = StageOfWalk<level>(from_next < 0 ? from_next + plan.stages : from_next);
-    if (lane < plan.stages && own.round < stretch.end) Ask<level>(lane, own);
-    __syncwarp();
-    fill = StageOfWalk<level>(plan.stages);
+    fill = {stretch.begin, end - begin, FirstOf(stretch.begin)};
+    fill_stage = stage;
+#pragma unroll 1
+    for (int i = 0; i < plan.stages; ++i) Fill<level>();
   }
 
-  // By one thread, or one for each stage.
+  // Asks for the next stage. Await counts the calls.
   template <int level>
-  __device__ __forceinline__ void Ask(int of_ring, const OfWalk& from) const {
+  __device__ __forceinline__ void Fill() {
+    if (fill.round < stretch.end) {
+      const int count = min(kStageGroups<level>, fill.left);
+      Ask<level>(count);
+      fill_stage = fill_stage + 1 == plan.stages ? 0 : fill_stage + 1;
+      fill.at += count;
+      fill.left -= count;
+      if (fill.left == 0) fill = {fill.round + 1, end - begin, FirstOf(fill.round + 1)};
+    }
+    ptx::CommitCopies();
+  }
+
+  template <int level>
+  __device__ __forceinline__ void Ask(int count) const {
     constexpr int kGroups = kStageGroups<level>;
-    const int count = min(kGroups, from.left);
-    const uint32_t to = ring + of_ring * kWarpStageBytes, bar = barrier + of_ring * 8;
+    const uint32_t to = ring + fill_stage * kWarpStageBytes;
     if constexpr (level != kMixed) {
-      ptx::BarrierArriveExpecting(bar, count * (level * kTileBytes + kTileScaleBytes));
 #pragma unroll
-      for (int s = 0; s < level; ++s) {
-        ptx::BulkCopy(to + s * kGroups * kTileBytes, p.slices[s] + size_t{from.at} * 32,
-                      count * kTileBytes, bar);
-      }
-      ptx::BulkCopy(to + kWarpStageScales, p.scales[level - 1] + size_t{from.at} * 4,
-                    count * kTileScaleBytes, bar);
-    } else {
-      const uint32_t levels = LevelsOf(TileOf(UnitOf(from.round), own));
-      ptx::BarrierArriveExpecting(
-          bar, (32 - __clz(levels)) * kTileBytes + __popc(levels) * kTileScaleBytes);
+      for (int s = 0; s < level; ++s) AskSlice<kGroups>(s, to + s * kGroups * kTileBytes, count);
+      AskRanges(level, to + kWarpStageScales, count);
+      return;
+    }
+    const uint32_t levels = LevelsOf(TileOf(UnitOf(fill.round), own));
 #pragma unroll
-      for (int s = 0; s < kNumSlices; ++s) {
-        if (levels >> s == 0) break;
-        ptx::BulkCopy(to + s * kTileBytes, p.slices[s] + size_t{from.at} * 32, kTileBytes, bar);
-        if ((levels >> s & 1) == 0) continue;
-        ptx::BulkCopy(to + kWarpStageScales + s * kTileScaleBytes,
-                      p.scales[s] + size_t{from.at} * 4, kTileScaleBytes, bar);
+    for (int s = 0; s < kNumSlices; ++s) {
+      if (levels >> s == 0) break;
+      AskSlice<1>(s, to + s * kTileBytes, 1);
+      if ((levels >> s & 1) != 0) {
+        AskRanges(s + 1, to + kWarpStageScales + s * kTileScaleBytes, 1);
       }
     }
   }
 
-  // Asks for the next stage.
-  template <int level>
-  __device__ __forceinline__ void Fill() {
-    if (fill.round >= stretch.end) return;
-    const int count = min(kStageGroups<level>, fill.left);
-    if (lane == 0) Ask<level>(fill_stage, fill);
-    fill_stage = fill_stage + 1 == plan.stages ? 0 : fill_stage + 1;
-    fill.at += count;
-    fill.left -= count;
-    if (fill.left == 0) fill = {fill.round + 1, end - begin, FirstOf(fill.round + 1)};
+  // Mostly a stage is full: one address then serves all of its groups.
+  template <int kGroups>
+  __device__ __forceinline__ void AskSlice(int s, uint32_t to, int count) const {
+    const uint4* const from = p.slices[s] + size_t{fill.at} * 32 + lane;
+    if (count == kGroups) {
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i) ptx::CopyAsync16(to + i * kTileBytes, from + i * 32);
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < count; ++i) ptx::CopyAsync16(to + i * kTileBytes, from + i * 32);
+    }
+  }
+
+  // A lane has four of a group's 16 rows.
+  __device__ __forceinline__ void AskRanges(int level, uint32_t to, int count) const {
+    if (lane >= 4 * count) return;
+    ptx::CopyAsync16(to, p.scales[level - 1] + size_t{fill.at} * 4 + lane);
   }
 
   __device__ __forceinline__ const uint8_t* StageData() const {
     return shared + plan.ring + (warp * plan.stages + stage) * kWarpStageBytes;
   }
 
-  __device__ __forceinline__ void Await() const { ptx::BarrierWait(barrier + stage * 8, parity); }
+  // The stage is here: as many later ones as the ring has may be under way.
+  __device__ __forceinline__ void Await() const {
+    static_assert(kFewestStages == 2 && kMaxStages == 4);
+    if (plan.stages == 2) {
+      ptx::WaitCopies<1>();
+    } else if (plan.stages == 3) {
+      ptx::WaitCopies<2>();
+    } else {
+      ptx::WaitCopies<3>();
+    }
+    __syncwarp();
+  }
 
   // The stage has been read: it is filled again.
   template <int level>
   __device__ __forceinline__ void Release() {
     __syncwarp();
-    if (++stage == plan.stages) {
-      stage = 0;
-      parity ^= 1;
-    }
+    stage = stage + 1 == plan.stages ? 0 : stage + 1;
     Fill<level>();
   }
 

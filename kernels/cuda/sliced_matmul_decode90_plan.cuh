@@ -14,7 +14,7 @@ namespace mobi::cuda {
 
 inline constexpr int kUnitTiles = 4;  // row tiles of a unit: one for each warp of a warpgroup
 inline constexpr int kUnitRows = kUnitTiles * kTileRows;
-inline constexpr int kMaxStages = 8;
+inline constexpr int kMaxStages = 4;
 inline constexpr int kPrefetchBytes = 4096;  // per warp, of the first slice
 inline constexpr int kChunkRows = 8;  // of a unit: what one warp's lanes hold of one row half
 
@@ -82,7 +82,7 @@ void LayOut(int groups, int head_bytes, Decode90Plan& plan) {
   plan.buffers =
       take(plan.round_units * plan.round_buffers * kParts * parts * ExchangedBytes<N>(plan));
   plan.levels = take(kMaxSegments * N);
-  plan.barriers = take((4 * W * kMaxStages + plan.round_buffers * W) * 8);
+  plan.barriers = take(plan.round_buffers * W * 8);
   plan.head = take(head_bytes);
   plan.head_barriers = take(head_bytes > 0 ? 16 : 0);
   plan.shared_bytes = at;

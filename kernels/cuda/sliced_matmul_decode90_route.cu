@@ -56,7 +56,7 @@ bool Fits(const SlicedMatmulLaunch& launch, const SlicedProblem& problem) {
   Decode90Plan plan;
   int clusters;
   return problem.num_tokens <= 8 ? MakePlan<8, 5>(launch, problem, &clusters, plan)
-                                 : MakePlan<16, 4>(launch, problem, &clusters, plan);
+                                 : MakePlan<16, 5>(launch, problem, &clusters, plan);
 }
 
 bool SourceFits(const RouteSource& source, int64_t cols) {
@@ -98,7 +98,7 @@ cudaError_t LaunchRoutedMatmul(const SlicedMatmulLaunch& launch, const RoutedMat
   const RouteParams route =
       StateRoute(op.source, op.x, op.linear, op.batch, op.levels, op.levels_stride);
   return problem.num_tokens <= 8 ? Launch<8, 5>(launch, problem, route)
-                                 : Launch<16, 4>(launch, problem, route);
+                                 : Launch<16, 5>(launch, problem, route);
 }
 
 }  // namespace mobi::cuda

@@ -376,7 +376,6 @@ struct RoutedDecode90 : DecodeWarp90<N, W, false, kRoutedEach<N>> {
       }
       if (of_hidden == 0 && t == 0) s.sums[w][8 * n + g][Head::kSumWidth - 1] = of_token;
     }
-    if (turns > kHeldTurns) ptx::FenceAsyncProxy();  // bulk copies will write where Later was read
   }
 
   // Every block of the cluster gets every block's sums.
