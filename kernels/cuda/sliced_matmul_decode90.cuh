@@ -22,247 +22,50 @@
 
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/sliced_matmul_decode90_plan.cuh"
-#include "kernels/cuda/sliced_matmul_decode90_x.cuh"
+#include "kernels/cuda/sliced_matmul_decode90_ring.cuh"
 #include "kernels/cuda/sliced_matmul_unpack.cuh"
 #include "kernels/cuda/wgmma.cuh"
 #include "kernels/cuda/wgmma_registers.cuh"
 
 namespace mobi::cuda {
 
-// `level` as a template argument: 1..4, or kMixed where tiles or tokens of the block differ.
-inline constexpr int kMixed = 0;
-
 // N tokens, W warpgroups; kEach as in Decode90Exchange.
 template <int N, int W, bool kBf16, bool kEach>
-struct DecodeWarp90 : Decode90X<N, W, kBf16, kEach> {
-  using Base = Decode90X<N, W, kBf16, kEach>;
+struct DecodeWarp90 : Decode90Ring<N, W, kBf16, kEach> {
+  using Base = Decode90Ring<N, W, kBf16, kEach>;
+  using Base::Await;
   using Base::begin;
   using Base::end;
   using Base::Finish;
   using Base::FinishAll;
-  using Base::first_token;
-  using Base::first_unit;
-  using Base::FirstOf;
   using Base::kByMma;
   using Base::kLoadAhead;
   using Base::lane;
+  using Base::LevelsOf;
   using Base::MyRounds;
+  using Base::NextStretch;
   using Base::NT;
   using Base::num_tokens;
-  using Base::num_units;
   using Base::own;
-  using Base::p;
   using Base::plan;
   using Base::SegmentOf;
   using Base::shared;
-  using Base::SumsBarrier;
+  using Base::StageData;
+  using Base::stretch;
   using Base::TileOf;
   using Base::UnitOf;
-  using Base::warp;
   using Base::XOperand;
   using typename Base::OfX;
 
-  // Rounds begin..end - 1, whose units have one level, or kMixed.
-  struct Stretch {
-    int begin, end, level;
-  };
-  // A stage's place in the warp's walk.
-  struct OfWalk {
-    int round, left;  // groups of the round, from there on
-    uint32_t at;
-  };
-
-  uint32_t present;  // 4 bits per segment: levels that occur among the tokens
-  uint32_t ring;     // this lane's 16 bytes of the warp's, a shared address
-  int x_at[4];       // for mma: this lane's words of each quarter of a group
-  Stretch stretch;
-  OfWalk fill;  // what is asked for next, and into
-  int fill_stage;
-  int stage;  // whose groups are multiplied next
+  int x_at[4];  // for mma: this lane's words of each quarter of a group
 
   __device__ __forceinline__ DecodeWarp90(const SlicedProblem& problem, const Decode90Plan& choices,
                                           uint8_t* memory)
       : Base(problem, choices, memory) {
-    present = 0;
-    stage = fill_stage = 0;
-    ring =
-        ptx::SharedAddress(shared) + plan.ring + warp * plan.stages * kWarpStageBytes + lane * 16;
     // Of no token: the last one's again, which costs shared memory no time.
     const int token = NT == 1 ? min(lane / 4, num_tokens - 1) : lane / 4;
 #pragma unroll
     for (int q = 0; q < 4; ++q) x_at[q] = Base::OfQuarter(token, lane % 4, q);
-  }
-
-  // ---- Levels.
-
-  __device__ __forceinline__ uint32_t LevelsOf(int tile) const {
-    return (present >> (4 * SegmentOf(tile))) & 15;
-  }
-  // The level of all tokens in all tiles of these units, or kMixed.
-  __device__ __forceinline__ int LevelOf(int unit, int units) const {
-    const int first = TileOf(unit, 0), last = TileOf(unit + units, -1);
-    const uint32_t levels = LevelsOf(first);
-    bool same = (levels & (levels - 1)) == 0 && LevelsOf(last) == levels;
-    if (SegmentOf(last) - SegmentOf(first) == 2) same &= ((present >> 4) & 15) == levels;
-    return same ? 32 - __clz(levels) : kMixed;
-  }
-
-  // The next rounds whose units have one level: mostly all, but segments may differ.
-  __device__ __forceinline__ void NextStretch(int round) {
-    stretch = {round, MyRounds(), LevelOf(first_unit, num_units)};
-    if (stretch.level != kMixed || round == MyRounds()) return;
-    stretch.level = LevelOf(UnitOf(round), 1);
-    stretch.end = round + 1;
-    while (stretch.end < MyRounds() && LevelOf(UnitOf(stretch.end), 1) == stretch.level) {
-      ++stretch.end;
-    }
-  }
-
-  // ---- What happens before the previous kernel has ended.
-
-  // First of all: the fence waits for what this thread has loaded.
-  __device__ __forceinline__ void InitBarriers() const {
-    if (warp == 0) {
-      for (int i = lane; i < plan.round_buffers * W; i += 32)
-        ptx::BarrierInit(SumsBarrier(i, 0), 1);
-    }
-    ptx::FenceBarrierInit();
-  }
-
-  // A lane asks for the rows of one round.
-  __device__ __forceinline__ void Prefetch() const {
-    const int of_round = (end - begin) * kTileBytes, bytes = kPrefetchBytes - lane * of_round;
-    if (lane < MyRounds() && bytes > 0) {
-      ptx::BulkPrefetch(p.slices[0] + size_t{FirstOf(lane)} * 32, min(of_round, bytes));
-    }
-    __syncwarp();
-  }
-
-  // Which levels occur among the block's tokens, per segment; for mixed levels, also a copy of
-  // them in shared memory (0 where there is no token).
-  __device__ __forceinline__ void ReadLevels() {
-    constexpr int kPerLane = (N + 31) / 32;
-    int levels[kMaxSegments][kPerLane] = {};
-#pragma unroll
-    for (int s = 0; s < kMaxSegments; ++s) {
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        const int token = lane + 32 * i;
-        if (s < p.num_segments && token < num_tokens) {
-          levels[s][i] =
-              __ldcg(p.levels + (s * static_cast<int>(p.levels_stride) + first_token + token));
-        }
-      }
-    }
-#pragma unroll
-    for (int s = 0; s < kMaxSegments; ++s) {
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        const int token = lane + 32 * i;
-        if (s >= p.num_segments || token >= N) continue;
-        int level = 0;
-        if (token < num_tokens) {
-          level = min(max(levels[s][i], 1), kNumLevels);
-          present |= 1u << (4 * s + level - 1);
-        }
-        if (warp == 0) shared[plan.levels + s * N + token] = static_cast<uint8_t>(level);
-      }
-    }
-    present = __reduce_or_sync(~0u, present);
-  }
-
-  // ---- Loads of weights, by copies of 16 bytes: a lane reads what it has copied itself, but for
-  // the ranges. (Bulk copies of so few bytes take the copy engine longer than they take memory.)
-
-  template <int level>
-  static constexpr int kStageGroups = level == kMixed ? 1 : GroupsPerStage(level);
-
-  // Asks for the first stages of the stretch. All of the ring is free.
-  template <int level>
-  __device__ __forceinline__ void Start() {
-    fill = {stretch.begin, end - begin, FirstOf(stretch.begin)};
-    fill_stage = stage;
-#pragma unroll 1
-    for (int i = 0; i < plan.stages; ++i) Fill<level>();
-  }
-
-  // Asks for the next stage. Await counts the calls.
-  template <int level>
-  __device__ __forceinline__ void Fill() {
-    if (fill.round < stretch.end) {
-      const int count = min(kStageGroups<level>, fill.left);
-      Ask<level>(count);
-      fill_stage = fill_stage + 1 == plan.stages ? 0 : fill_stage + 1;
-      fill.at += count;
-      fill.left -= count;
-      if (fill.left == 0) fill = {fill.round + 1, end - begin, FirstOf(fill.round + 1)};
-    }
-    ptx::CommitCopies();
-  }
-
-  template <int level>
-  __device__ __forceinline__ void Ask(int count) const {
-    constexpr int kGroups = kStageGroups<level>;
-    const uint32_t to = ring + fill_stage * kWarpStageBytes;
-    if constexpr (level != kMixed) {
-#pragma unroll
-      for (int s = 0; s < level; ++s) AskSlice<kGroups>(s, to + s * kGroups * kTileBytes, count);
-      AskRanges(level, to + kWarpStageScales, count);
-      return;
-    }
-    const uint32_t levels = LevelsOf(TileOf(UnitOf(fill.round), own));
-#pragma unroll
-    for (int s = 0; s < kNumSlices; ++s) {
-      if (levels >> s == 0) break;
-      AskSlice<1>(s, to + s * kTileBytes, 1);
-      if ((levels >> s & 1) != 0) {
-        AskRanges(s + 1, to + kWarpStageScales + s * kTileScaleBytes, 1);
-      }
-    }
-  }
-
-  // Mostly a stage is full: one address then serves all of its groups.
-  template <int kGroups>
-  __device__ __forceinline__ void AskSlice(int s, uint32_t to, int count) const {
-    const uint4* const from = p.slices[s] + size_t{fill.at} * 32 + lane;
-    if (count == kGroups) {
-#pragma unroll
-      for (int i = 0; i < kGroups; ++i) ptx::CopyAsync16(to + i * kTileBytes, from + i * 32);
-    } else {
-#pragma unroll 1
-      for (int i = 0; i < count; ++i) ptx::CopyAsync16(to + i * kTileBytes, from + i * 32);
-    }
-  }
-
-  // A lane has four of a group's 16 rows.
-  __device__ __forceinline__ void AskRanges(int level, uint32_t to, int count) const {
-    if (lane >= 4 * count) return;
-    ptx::CopyAsync16(to, p.scales[level - 1] + size_t{fill.at} * 4 + lane);
-  }
-
-  __device__ __forceinline__ const uint8_t* StageData() const {
-    return shared + plan.ring + (warp * plan.stages + stage) * kWarpStageBytes;
-  }
-
-  // The stage is here: as many later ones as the ring has may be under way.
-  __device__ __forceinline__ void Await() const {
-    static_assert(kFewestStages == 2 && kMaxStages == 4);
-    if (plan.stages == 2) {
-      ptx::WaitCopies<1>();
-    } else if (plan.stages == 3) {
-      ptx::WaitCopies<2>();
-    } else {
-      ptx::WaitCopies<3>();
-    }
-    __syncwarp();
-  }
-
-  // The stage has been read: it is filled again.
-  template <int level>
-  __device__ __forceinline__ void Release() {
-    __syncwarp();
-    stage = stage + 1 == plan.stages ? 0 : stage + 1;
-    Fill<level>();
   }
 
   // ---- Products.
@@ -394,7 +197,7 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16, kEach> {
   // A stretch. The first has been started.
   template <int level>
   __device__ __forceinline__ void Run() {
-    if (stretch.begin > 0) Start<level>();
+    if (kByMma && stretch.begin > 0) this->template Start<level>();
     if constexpr (level == kMixed) {
       RunMixed();
     } else if constexpr (kByMma) {
@@ -430,7 +233,7 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16, kEach> {
           MultiplyHalf<1>(d, b, g);
           PromoteAll<level>(g, d, words.pairs, nullptr, x, y);
         }
-        Release<level>();
+        this->template Release<level>();
       }
       Finish(round, y);
     }
@@ -469,7 +272,7 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16, kEach> {
         pairs[0] = words.pairs[0], pairs[1] = words.pairs[1];
         before = g;
         if (++i == kGroups || g + 1 == end) {
-          Release<level>();
+          this->template Release<level>();
           i = 0;
         }
       }
@@ -498,7 +301,7 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16, kEach> {
         if (occur & 2) MultiplyLevel<2>(from, g, own_levels, y);
         if (occur & 4) MultiplyLevel<3>(from, g, own_levels, y);
         if (occur & 8) MultiplyLevel<4>(from, g, own_levels, y);
-        Release<kMixed>();
+        this->template Release<kMixed>();
       }
       Finish(round, y);
     }
@@ -548,12 +351,13 @@ struct DecodeWarp90 : Decode90X<N, W, kBf16, kEach> {
   // Asks for the first weights: levels are known, x need not be.
   __device__ __forceinline__ void Begin() {
     NextStretch(0);
-    AtLevel([&]<int level>() { Start<level>(); });
+    AtLevel([&]<int level>() { this->template Start<level>(); });
   }
 
   __device__ __forceinline__ void RunAll() {
     while (stretch.begin < stretch.end) {
       AtLevel([&]<int level>() { Run<level>(); });
+      if (!kByMma) break;
       NextStretch(stretch.end);
     }
     FinishAll();

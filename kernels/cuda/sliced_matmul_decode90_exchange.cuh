@@ -34,7 +34,8 @@ struct Decode90Exchange : Decode90Place {
   __device__ __forceinline__ int ChunkBytes() const { return ExchangedBytes<N>(plan); }
   __device__ __forceinline__ int PartBytes() const { return ChunkBytes() << plan.parts_log; }
   __device__ __forceinline__ uint32_t SumsBarrier(int buffer, int of_slot) const {
-    return ptx::SharedAddress(shared) + plan.barriers + (of_slot * plan.round_buffers + buffer) * 8;
+    return ptx::SharedAddress(shared) + plan.barriers +
+           (kWarps * kRingBarriers<N> + of_slot * plan.round_buffers + buffer) * 8;
   }
   __device__ __forceinline__ int BufferOf(int round) const { return OneEach() ? round : round & 1; }
 

@@ -14,7 +14,14 @@ namespace mobi::cuda {
 
 inline constexpr int kUnitTiles = 4;  // row tiles of a unit: one for each warp of a warpgroup
 inline constexpr int kUnitRows = kUnitTiles * kTileRows;
-inline constexpr int kMaxStages = 4;
+// Up to so many tokens are multiplied by mma, each warp for itself; more by wgmma.
+template <int N>
+inline constexpr bool kUsesMma = N <= 16;
+template <int N>
+inline constexpr int kMaxStages = kUsesMma<N> ? 4 : 8;
+// Per warp, that count the bytes of bulk copies.
+template <int N>
+inline constexpr int kRingBarriers = kUsesMma<N> ? 0 : kMaxStages<N>;
 inline constexpr int kPrefetchBytes = 4096;  // per warp, of the first slice
 inline constexpr int kChunkRows = 8;  // of a unit: what one warp's lanes hold of one row half
 
@@ -82,7 +89,7 @@ void LayOut(int groups, int head_bytes, Decode90Plan& plan) {
   plan.buffers =
       take(plan.round_units * plan.round_buffers * kParts * parts * ExchangedBytes<N>(plan));
   plan.levels = take(kMaxSegments * N);
-  plan.barriers = take(plan.round_buffers * W * 8);
+  plan.barriers = take((4 * W * kRingBarriers<N> + plan.round_buffers * W) * 8);
   plan.head = take(head_bytes);
   plan.head_barriers = take(head_bytes > 0 ? 16 : 0);
   plan.shared_bytes = at;
@@ -92,7 +99,7 @@ void LayOut(int groups, int head_bytes, Decode90Plan& plan) {
 template <int N, int W>
 bool FitShared(const SlicedProblem& problem, int head_bytes, Decode90Plan& plan) {
   const int groups = ((problem.groups << plan.parts_log) + kParts - 1) / kParts;
-  for (plan.stages = kMaxStages; plan.stages >= kFewestStages; --plan.stages) {
+  for (plan.stages = kMaxStages<N>; plan.stages >= kFewestStages; --plan.stages) {
     LayOut<N, W>(groups, head_bytes, plan);
     if (plan.shared_bytes <= kSharedBytes) return true;
   }

@@ -75,8 +75,7 @@ struct Decode90X : Decode90Exchange<N, W, kEach> {
     }
   }
 
-  // Products by mma, each warp for itself, or by its warpgroup's wgmma.
-  static constexpr bool kByMma = N <= 16;
+  static constexpr bool kByMma = kUsesMma<N>;
 
   // In the layout for mma: eight tokens of a group.
   __device__ __forceinline__ uint8_t* TileAt(int group, int tile) const {

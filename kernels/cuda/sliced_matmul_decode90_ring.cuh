@@ -1,0 +1,392 @@
+// The weights' way into shared memory in the decode path on compute capability 9.0: which level a
+// unit is read at, a warp's walk over its groups, and the ring of stages that it fills ahead.
+// Two rings. Where each warp works by itself (mma), by copies of 16 bytes: a bulk copy takes the
+// copy engine about as long as memory takes for its 2 KiB. Where a warpgroup works together (wgmma)
+// registers are dear and products long: by bulk copies, which cost one thread a few instructions.
+#ifndef MOBI_KERNELS_CUDA_SLICED_MATMUL_DECODE90_RING_CUH_
+#define MOBI_KERNELS_CUDA_SLICED_MATMUL_DECODE90_RING_CUH_
+
+#include <cstdint>
+#include <type_traits>
+
+#include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/sliced_matmul_decode90_plan.cuh"
+#include "kernels/cuda/sliced_matmul_decode90_x.cuh"
+
+namespace mobi::cuda {
+
+// `level` as a template argument: 1..4, or kMixed where tiles or tokens of the block differ.
+inline constexpr int kMixed = 0;
+
+template <int level>
+inline constexpr int kStageGroups = level == kMixed ? 1 : GroupsPerStage(level);
+
+// Levels, and where a warp is in its walk.
+template <int N, int W, bool kBf16, bool kEach>
+struct Decode90Walk : Decode90X<N, W, kBf16, kEach> {
+  using Base = Decode90X<N, W, kBf16, kEach>;
+  using Base::begin;
+  using Base::end;
+  using Base::first_token;
+  using Base::first_unit;
+  using Base::FirstOf;
+  using Base::lane;
+  using Base::MyRounds;
+  using Base::num_tokens;
+  using Base::num_units;
+  using Base::own;
+  using Base::p;
+  using Base::plan;
+  using Base::SegmentOf;
+  using Base::shared;
+  using Base::SumsBarrier;
+  using Base::TileOf;
+  using Base::UnitOf;
+  using Base::warp;
+
+  // Rounds begin..end - 1, whose units have one level, or kMixed.
+  struct Stretch {
+    int begin, end, level;
+  };
+  // A stage's place in the warp's walk.
+  struct OfWalk {
+    int round, left;  // groups of the round, from there on
+    uint32_t at;
+  };
+
+  uint32_t present = 0;  // 4 bits per segment: levels that occur among the tokens
+  Stretch stretch;
+  OfWalk fill;  // what is asked for next, and into
+  int fill_stage = 0;
+  int stage = 0;  // whose groups are multiplied next
+
+  using Base::Base;
+
+  __device__ __forceinline__ uint32_t LevelsOf(int tile) const {
+    return (present >> (4 * SegmentOf(tile))) & 15;
+  }
+  // The level of all tokens in all tiles of these units, or kMixed.
+  __device__ __forceinline__ int LevelOf(int unit, int units) const {
+    const int first = TileOf(unit, 0), last = TileOf(unit + units, -1);
+    const uint32_t levels = LevelsOf(first);
+    bool same = (levels & (levels - 1)) == 0 && LevelsOf(last) == levels;
+    if (SegmentOf(last) - SegmentOf(first) == 2) same &= ((present >> 4) & 15) == levels;
+    return same ? 32 - __clz(levels) : kMixed;
+  }
+
+  // The next rounds whose units have one level: mostly all, but segments may differ. (Not for
+  // wgmma: in a loop over stretches the compiler finds no registers to let it overlap.)
+  __device__ __forceinline__ void NextStretch(int round) {
+    stretch = {round, MyRounds(), LevelOf(first_unit, num_units)};
+    if (!kUsesMma<N> || stretch.level != kMixed || round == MyRounds()) return;
+    stretch.level = LevelOf(UnitOf(round), 1);
+    stretch.end = round + 1;
+    while (stretch.end < MyRounds() && LevelOf(UnitOf(stretch.end), 1) == stretch.level) {
+      ++stretch.end;
+    }
+  }
+
+  // Which levels occur among the block's tokens, per segment; for mixed levels, also a copy of
+  // them in shared memory (0 where there is no token).
+  __device__ __forceinline__ void ReadLevels() {
+    constexpr int kPerLane = (N + 31) / 32;
+    int levels[kMaxSegments][kPerLane] = {};
+#pragma unroll
+    for (int s = 0; s < kMaxSegments; ++s) {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        const int token = lane + 32 * i;
+        if (s < p.num_segments && token < num_tokens) {
+          levels[s][i] =
+              __ldcg(p.levels + (s * static_cast<int>(p.levels_stride) + first_token + token));
+        }
+      }
+    }
+#pragma unroll
+    for (int s = 0; s < kMaxSegments; ++s) {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        const int token = lane + 32 * i;
+        if (s >= p.num_segments || token >= N) continue;
+        int level = 0;
+        if (token < num_tokens) {
+          level = min(max(levels[s][i], 1), kNumLevels);
+          present |= 1u << (4 * s + level - 1);
+        }
+        if (warp == 0) shared[plan.levels + s * N + token] = static_cast<uint8_t>(level);
+      }
+    }
+    present = __reduce_or_sync(~0u, present);
+  }
+
+  // ---- What happens before the previous kernel has ended.
+
+  __device__ __forceinline__ void InitSumsBarriers() const {
+    if (warp != 0) return;
+    for (int i = lane; i < plan.round_buffers * W; i += 32) ptx::BarrierInit(SumsBarrier(i, 0), 1);
+  }
+
+  // A lane asks for the rows of one round.
+  __device__ __forceinline__ void Prefetch() const {
+    const int of_round = (end - begin) * kTileBytes, bytes = kPrefetchBytes - lane * of_round;
+    if (lane < MyRounds() && bytes > 0) {
+      ptx::BulkPrefetch(p.slices[0] + size_t{FirstOf(lane)} * 32, min(of_round, bytes));
+    }
+    __syncwarp();
+  }
+
+  // ---- The ring.
+
+  __device__ __forceinline__ const uint8_t* StageData() const {
+    return shared + plan.ring + (warp * plan.stages + stage) * kWarpStageBytes;
+  }
+
+  // After the last fill.
+  template <int level>
+  __device__ __forceinline__ void PassFilled() {
+    const int count = min(kStageGroups<level>, fill.left);
+    fill_stage = fill_stage + 1 == plan.stages ? 0 : fill_stage + 1;
+    fill.at += count;
+    fill.left -= count;
+    if (fill.left == 0) fill = {fill.round + 1, end - begin, FirstOf(fill.round + 1)};
+  }
+};
+
+// By copies of 16 bytes: a lane reads what it has copied itself, but for the ranges.
+template <int N, int W, bool kBf16, bool kEach>
+struct Decode90LaneRing : Decode90Walk<N, W, kBf16, kEach> {
+  using Base = Decode90Walk<N, W, kBf16, kEach>;
+  using Base::begin;
+  using Base::end;
+  using Base::fill;
+  using Base::fill_stage;
+  using Base::FirstOf;
+  using Base::lane;
+  using Base::LevelsOf;
+  using Base::own;
+  using Base::p;
+  using Base::plan;
+  using Base::shared;
+  using Base::stage;
+  using Base::stretch;
+  using Base::TileOf;
+  using Base::UnitOf;
+  using Base::warp;
+
+  uint32_t ring;  // this lane's 16 bytes of the warp's, a shared address
+
+  __device__ __forceinline__ Decode90LaneRing(const SlicedProblem& problem,
+                                              const Decode90Plan& choices, uint8_t* memory)
+      : Base(problem, choices, memory) {
+    ring =
+        ptx::SharedAddress(shared) + plan.ring + warp * plan.stages * kWarpStageBytes + lane * 16;
+  }
+
+  // First of all: the fence waits for what this thread has loaded.
+  __device__ __forceinline__ void InitBarriers() const {
+    this->InitSumsBarriers();
+    ptx::FenceBarrierInit();
+  }
+
+  // Asks for the first stages of the stretch. All of the ring is free.
+  template <int level>
+  __device__ __forceinline__ void Start() {
+    fill = {stretch.begin, end - begin, FirstOf(stretch.begin)};
+    fill_stage = stage;
+#pragma unroll 1
+    for (int i = 0; i < plan.stages; ++i) Fill<level>();
+  }
+
+  // Asks for the next stage. Await counts the calls.
+  template <int level>
+  __device__ __forceinline__ void Fill() {
+    if (fill.round < stretch.end) {
+      Ask<level>(min(kStageGroups<level>, fill.left));
+      this->template PassFilled<level>();
+    }
+    ptx::CommitCopies();
+  }
+
+  template <int level>
+  __device__ __forceinline__ void Ask(int count) const {
+    constexpr int kGroups = kStageGroups<level>;
+    const uint32_t to = ring + fill_stage * kWarpStageBytes;
+    if constexpr (level != kMixed) {
+#pragma unroll
+      for (int s = 0; s < level; ++s) AskSlice<kGroups>(s, to + s * kGroups * kTileBytes, count);
+      AskRanges(level, to + kWarpStageScales, count);
+      return;
+    }
+    const uint32_t levels = LevelsOf(TileOf(UnitOf(fill.round), own));
+#pragma unroll
+    for (int s = 0; s < kNumSlices; ++s) {
+      if (levels >> s == 0) break;
+      AskSlice<1>(s, to + s * kTileBytes, 1);
+      if ((levels >> s & 1) != 0) {
+        AskRanges(s + 1, to + kWarpStageScales + s * kTileScaleBytes, 1);
+      }
+    }
+  }
+
+  // Mostly a stage is full: one address then serves all of its groups.
+  template <int kGroups>
+  __device__ __forceinline__ void AskSlice(int s, uint32_t to, int count) const {
+    const uint4* const from = p.slices[s] + size_t{fill.at} * 32 + lane;
+    if (count == kGroups) {
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i) ptx::CopyAsync16(to + i * kTileBytes, from + i * 32);
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < count; ++i) ptx::CopyAsync16(to + i * kTileBytes, from + i * 32);
+    }
+  }
+
+  // A lane has four of a group's 16 rows.
+  __device__ __forceinline__ void AskRanges(int level, uint32_t to, int count) const {
+    if (lane >= 4 * count) return;
+    ptx::CopyAsync16(to, p.scales[level - 1] + size_t{fill.at} * 4 + lane);
+  }
+
+  // The stage is here: as many later ones as the ring has may be under way.
+  __device__ __forceinline__ void Await() const {
+    static_assert(kFewestStages == 2 && kMaxStages<N> == 4);
+    if (plan.stages == 2) {
+      ptx::WaitCopies<1>();
+    } else if (plan.stages == 3) {
+      ptx::WaitCopies<2>();
+    } else {
+      ptx::WaitCopies<3>();
+    }
+    __syncwarp();
+  }
+
+  // The stage has been read: it is filled again.
+  template <int level>
+  __device__ __forceinline__ void Release() {
+    __syncwarp();
+    stage = stage + 1 == plan.stages ? 0 : stage + 1;
+    Fill<level>();
+  }
+};
+
+// By bulk copies; a barrier for each stage counts what has arrived.
+template <int N, int W, bool kBf16, bool kEach>
+struct Decode90BulkRing : Decode90Walk<N, W, kBf16, kEach> {
+  using Base = Decode90Walk<N, W, kBf16, kEach>;
+  using Base::begin;
+  using Base::end;
+  using Base::fill;
+  using Base::fill_stage;
+  using Base::FirstOf;
+  using Base::lane;
+  using Base::LevelsOf;
+  using Base::own;
+  using Base::p;
+  using Base::plan;
+  using Base::shared;
+  using Base::stage;
+  using Base::stretch;
+  using Base::TileOf;
+  using Base::UnitOf;
+  using Base::warp;
+  using typename Base::OfWalk;
+
+  uint32_t ring, barrier;  // this warp's, shared addresses
+  uint32_t parity = 0;     // of the barrier of `stage`
+
+  __device__ __forceinline__ Decode90BulkRing(const SlicedProblem& problem,
+                                              const Decode90Plan& choices, uint8_t* memory)
+      : Base(problem, choices, memory) {
+    ring = ptx::SharedAddress(shared) + plan.ring + warp * plan.stages * kWarpStageBytes;
+    barrier = ptx::SharedAddress(shared) + plan.barriers + warp * kMaxStages<N> * 8;
+  }
+
+  // First of all: the fence waits for what this thread has loaded.
+  __device__ __forceinline__ void InitBarriers() const {
+    if (lane < plan.stages) ptx::BarrierInit(barrier + lane * 8, 1);
+    this->InitSumsBarriers();
+    ptx::FenceBarrierInit();
+    ptx::FenceAsyncProxy();
+  }
+
+  // The i-th of the stretch.
+  template <int level>
+  __device__ __forceinline__ OfWalk StageOfWalk(int i) const {
+    constexpr int kGroups = kStageGroups<level>;
+    const int groups = end - begin, of_round = (groups + kGroups - 1) / kGroups;
+    const int rounds =
+        static_cast<int>(__fdividef(static_cast<float>(i) + 0.5f, static_cast<float>(of_round)));
+    const int passed = (i - rounds * of_round) * kGroups, round = stretch.begin + rounds;
+    return {round, groups - passed, FirstOf(round) + passed};
+  }
+
+  // Asks for the first stages of the stretch, a lane for each. All of the ring is free.
+  template <int level>
+  __device__ __forceinline__ void Start() {
+    fill_stage = stage;
+    const int from_next = lane - fill_stage;
+    const OfWalk own = StageOfWalk<level>(from_next < 0 ? from_next + plan.stages : from_next);
+    if (lane < plan.stages && own.round < stretch.end) Ask<level>(lane, own);
+    __syncwarp();
+    fill = StageOfWalk<level>(plan.stages);
+  }
+
+  // By one thread, or one for each stage.
+  template <int level>
+  __device__ __forceinline__ void Ask(int of_ring, const OfWalk& from) const {
+    constexpr int kGroups = kStageGroups<level>;
+    const int count = min(kGroups, from.left);
+    const uint32_t to = ring + of_ring * kWarpStageBytes, bar = barrier + of_ring * 8;
+    if constexpr (level != kMixed) {
+      ptx::BarrierArriveExpecting(bar, count * (level * kTileBytes + kTileScaleBytes));
+#pragma unroll
+      for (int s = 0; s < level; ++s) {
+        ptx::BulkCopy(to + s * kGroups * kTileBytes, p.slices[s] + size_t{from.at} * 32,
+                      count * kTileBytes, bar);
+      }
+      ptx::BulkCopy(to + kWarpStageScales, p.scales[level - 1] + size_t{from.at} * 4,
+                    count * kTileScaleBytes, bar);
+    } else {
+      const uint32_t levels = LevelsOf(TileOf(UnitOf(from.round), own));
+      ptx::BarrierArriveExpecting(
+          bar, (32 - __clz(levels)) * kTileBytes + __popc(levels) * kTileScaleBytes);
+#pragma unroll
+      for (int s = 0; s < kNumSlices; ++s) {
+        if (levels >> s == 0) break;
+        ptx::BulkCopy(to + s * kTileBytes, p.slices[s] + size_t{from.at} * 32, kTileBytes, bar);
+        if ((levels >> s & 1) == 0) continue;
+        ptx::BulkCopy(to + kWarpStageScales + s * kTileScaleBytes,
+                      p.scales[s] + size_t{from.at} * 4, kTileScaleBytes, bar);
+      }
+    }
+  }
+
+  // Asks for the next stage.
+  template <int level>
+  __device__ __forceinline__ void Fill() {
+    if (fill.round >= stretch.end) return;
+    if (lane == 0) Ask<level>(fill_stage, fill);
+    this->template PassFilled<level>();
+  }
+
+  __device__ __forceinline__ void Await() const { ptx::BarrierWait(barrier + stage * 8, parity); }
+
+  // The stage has been read: it is filled again.
+  template <int level>
+  __device__ __forceinline__ void Release() {
+    __syncwarp();
+    if (++stage == plan.stages) {
+      stage = 0;
+      parity ^= 1;
+    }
+    Fill<level>();
+  }
+};
+
+template <int N, int W, bool kBf16, bool kEach>
+using Decode90Ring = std::conditional_t<kUsesMma<N>, Decode90LaneRing<N, W, kBf16, kEach>,
+                                        Decode90BulkRing<N, W, kBf16, kEach>>;
+
+}  // namespace mobi::cuda
+
+#endif  // MOBI_KERNELS_CUDA_SLICED_MATMUL_DECODE90_RING_CUH_
