@@ -1,8 +1,9 @@
 // The weights' way into shared memory in the decode path on compute capability 9.0: which level a
 // unit is read at, a warp's walk over its groups, and the ring of stages that it fills ahead.
-// Two rings. Where each warp works by itself (mma), by copies of 16 bytes: a bulk copy takes the
-// copy engine about as long as memory takes for its 2 KiB. Where a warpgroup works together (wgmma)
-// registers are dear and products long: by bulk copies, which cost one thread a few instructions.
+// Two rings. Where each warp works by itself (mma), by copies of 16 bytes, all lanes at once: fewer
+// instructions than one thread needs to ask for bulk copies while the others wait. Where a
+// warpgroup works together (wgmma), whose products hide them and need the registers, by bulk
+// copies.
 #ifndef MOBI_KERNELS_CUDA_SLICED_MATMUL_DECODE90_RING_CUH_
 #define MOBI_KERNELS_CUDA_SLICED_MATMUL_DECODE90_RING_CUH_
 
