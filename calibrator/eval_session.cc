@@ -28,8 +28,7 @@ absl::StatusOr<std::unique_ptr<EvalSession>> EvalSession::Open(const EvalSession
   MOBI_ASSIGN_OR_RETURN(session->tokenizer_, Tokenizer::Load(options.model_dir));
   MOBI_ASSIGN_OR_RETURN(session->backend_, CreateBackend(options.device, options.num_threads));
   Backend& backend = *session->backend_;
-  MOBI_ASSIGN_OR_RETURN(session->model_,
-                        Model::Load(session->checkpoint_, backend, max_tokens, nullptr));
+  MOBI_ASSIGN_OR_RETURN(session->model_, Model::Load(session->checkpoint_, backend, max_tokens));
   EngineOptions engine;
   engine.coherent_decode = options.coherent;
   // Scores are read in batches of this many positions: few of them would read the output embedding

@@ -3,8 +3,11 @@
 #include <sys/stat.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <cmath>
+#include <functional>
+#include <map>
 #include <optional>
 #include <set>
 #include <utility>
@@ -90,24 +93,42 @@ absl::StatusOr<LmHeadLevels> ReadLmHead(const JsonObject& object) {
   return lm_head;
 }
 
-// Index of the first value that is infinite or not a number.
-template <typename T>
-std::optional<size_t> FirstNonFinite(absl::Span<const T> bits, T exponent_mask) {
-  bool any = false;  // without an early exit the loop runs at the speed of memory
-  for (const T value : bits) any |= (value & exponent_mask) == exponent_mask;
-  if (!any) return std::nullopt;
-  const auto found = std::find_if(bits.begin(), bits.end(), [exponent_mask](T value) {
-    return (value & exponent_mask) == exponent_mask;
-  });
-  return static_cast<size_t>(found - bits.begin());
-}
+// Which of some views, that are views into mapped files, a piece of a file belongs to.
+class ViewFinder {
+ public:
+  explicit ViewFinder(absl::Span<const absl::Span<const std::byte>> views) {
+    for (size_t i = 0; i < views.size(); ++i) {
+      if (!views[i].empty()) by_address_.emplace(views[i].data(), View{i, views[i].size()});
+      left_ += views[i].size();
+    }
+  }
 
-std::optional<size_t> FirstNonFinite(const HostTensor& tensor) {
-  if (tensor.dtype == DType::kF32)
-    return FirstNonFinite<uint32_t>(tensor.As<uint32_t>(), 0x7F800000);
-  return FirstNonFinite<uint16_t>(tensor.As<uint16_t>(),
-                                  tensor.dtype == DType::kF16 ? 0x7C00 : 0x7F80);
-}
+  // `bytes` are what the files have at `at`.
+  void PassOn(const std::byte* at, absl::Span<const std::byte> bytes, ViewSink sink) {
+    auto view = by_address_.upper_bound(at);
+    if (view != by_address_.begin()) --view;
+    for (; view != by_address_.end() && view->first < at + bytes.size(); ++view) {
+      const auto& [begin, of] = *view;
+      const std::byte* const from = std::max(begin, at);
+      const std::byte* const to = std::min(begin + of.size, at + bytes.size());
+      if (from >= to) continue;
+      const auto length = static_cast<size_t>(to - from);
+      sink(of.index, static_cast<size_t>(from - begin),
+           bytes.subspan(static_cast<size_t>(from - at), length));
+      left_ -= length;
+    }
+  }
+
+  bool complete() const { return left_ == 0; }
+
+ private:
+  struct View {
+    size_t index;
+    size_t size;
+  };
+  std::map<const std::byte*, View, std::less<>> by_address_;
+  std::atomic<size_t> left_{0};
+};
 
 std::string Concat(std::string_view a, std::string_view b) {
   return std::string(a) + std::string(b);
@@ -144,15 +165,20 @@ absl::StatusOr<Checkpoint> Checkpoint::Open(const std::string& dir,
   MOBI_RETURN_IF_ERROR(checkpoint.CheckNames());
   MOBI_RETURN_IF_ERROR(checkpoint.CheckTensors());
   if (options.verify_manifest) {
-    MOBI_ASSIGN_OR_RETURN(checkpoint.verified_files_, checkpoint.Verify());
+    MOBI_RETURN_IF_ERROR(checkpoint.Verify());
   }
   return checkpoint;
 }
 
-absl::StatusOr<int> Checkpoint::Verify(const HashProgress& progress) const {
-  if (!quantized() && !Exists(dir_ + "/" + kManifestName)) return 0;
-  return VerifyManifest(dir_, FilesRead(), progress);
+absl::Status Checkpoint::Verify() {
+  if (!has_manifest()) return absl::OkStatus();
+  MOBI_ASSIGN_OR_RETURN(verified_files_,
+                        VerifyManifest(dir_, FilesRead(), {}, [](auto, auto, auto) {}));
+  return absl::OkStatus();
 }
+
+// A mobiquant folder without one is refused when it is looked for.
+bool Checkpoint::has_manifest() const { return quantized() || Exists(dir_ + "/" + kManifestName); }
 
 absl::Status Checkpoint::ReadConfig() {
   const std::string path = dir_ + "/" + kConfigName;
@@ -376,7 +402,7 @@ absl::StatusOr<SlicedTensors> Checkpoint::Sliced(std::string_view linear, int64_
   for (int level = 1; level <= kNumLevels; ++level) {
     const std::string name = absl::StrFormat("%s.scales_%d", linear, level);
     MOBI_ASSIGN_OR_RETURN(const HostTensor scales, Tensor(name));
-    if (const auto index = FirstNonFinite(scales)) {
+    if (const auto index = FirstNonFinite(scales.dtype, scales.bytes)) {
       return Error(name, absl::StrFormat("element %u is not finite", *index));
     }
   }
@@ -409,11 +435,48 @@ absl::StatusOr<RouterTensors> Checkpoint::RouterOf(std::string_view router, int 
   MOBI_ASSIGN_OR_RETURN(RouterTensors tensors, RouterViews(router, num_segments, cols));
   for (const HostTensor* tensor :
        {&tensors.w1, &tensors.b1, &tensors.u, &tensors.w2, &tensors.b2}) {
-    if (const auto index = FirstNonFinite(*tensor)) {
+    if (const auto index = FirstNonFinite(tensor->dtype, tensor->bytes)) {
       return Error(tensor->name, absl::StrFormat("element %u is not finite", *index));
     }
   }
   return tensors;
+}
+
+absl::Status Checkpoint::Read(absl::Span<const absl::Span<const std::byte>> views,
+                              const ReadOptions& options, ViewSink sink) const {
+  ViewFinder finder(views);
+  const auto pass_on = [&](const SafetensorsFile& file, uint64_t offset,
+                           absl::Span<const std::byte> bytes) {
+    // A file that was replaced by a longer one does not pass for what was opened.
+    if (offset + bytes.size() > file.bytes().size()) return;
+    finder.PassOn(file.bytes().data() + offset, bytes, sink);
+  };
+  const StreamOptions stream = {.hash = options.verify && has_manifest(),
+                                .direct = options.direct,
+                                .progress = options.progress};
+  MOBI_RETURN_IF_ERROR(stream.hash ? StreamListed(stream, pass_on)
+                                   : StreamWeights(stream, pass_on));
+  if (finder.complete()) return absl::OkStatus();
+  return absl::DataLossError(dir_ + ": the weights were replaced while they were loaded");
+}
+
+absl::Status Checkpoint::StreamWeights(const StreamOptions& options, FileSink sink) const {
+  std::vector<StreamedFile> files;
+  for (const SafetensorsFile& file : files_) files.push_back({.path = file.path()});
+  return StreamFiles(absl::MakeSpan(files), options, [&](size_t i, uint64_t offset, auto bytes) {
+    sink(files_[i], offset, bytes);
+  });
+}
+
+absl::Status Checkpoint::StreamListed(const StreamOptions& options, FileSink sink) const {
+  std::map<std::string, const SafetensorsFile*, std::less<>> weights;
+  for (const SafetensorsFile& file : files_) weights[file.path().substr(dir_.size() + 1)] = &file;
+  return VerifyManifest(dir_, FilesRead(), options,
+                        [&](std::string_view name, uint64_t offset, auto bytes) {
+                          const auto found = weights.find(name);
+                          if (found != weights.end()) sink(*found->second, offset, bytes);
+                        })
+      .status();
 }
 
 void Checkpoint::ReleasePages() const {

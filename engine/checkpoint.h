@@ -61,15 +61,20 @@ class Checkpoint final : public WeightSource {
                                     absl::Span<const int64_t> shape) const override;
   // "model.layers.0.self_attn.q_proj". Reads the scales once: INVALID_ARGUMENT if one is not
   // finite.
-  absl::StatusOr<SlicedTensors> Sliced(std::string_view linear, int64_t rows,
-                                       int64_t cols) const override;
+  absl::StatusOr<SlicedTensors> Sliced(std::string_view linear, int64_t rows, int64_t cols) const;
   // "model.layers.0.self_attn.qkv_router". INVALID_ARGUMENT if a weight is not finite.
   absl::StatusOr<RouterTensors> RouterOf(std::string_view router, int num_segments,
-                                         int64_t cols) const override;
+                                         int64_t cols) const;
+  // The two without a look at the values.
+  absl::StatusOr<SlicedTensors> SlicedViews(std::string_view linear, int64_t rows,
+                                            int64_t cols) const override;
+  absl::StatusOr<RouterTensors> RouterViews(std::string_view router, int num_segments,
+                                            int64_t cols) const override;
 
-  // Compares every file with MANIFEST's SHA-256 (reads everything) and returns their number. Float
-  // folders may lack a MANIFEST, then 0; mobiquant folders may not.
-  absl::StatusOr<int> Verify(const HashProgress& progress = nullptr) const;
+  // Streams the files of the weights, or, to verify, every file that MANIFEST names. Float folders
+  // may lack a MANIFEST, then nothing is compared; mobiquant folders may not.
+  absl::Status Read(absl::Span<const absl::Span<const std::byte>> views, const ReadOptions& options,
+                    ViewSink sink) const override;
 
   void ReleasePages() const override;
 
@@ -88,6 +93,7 @@ class Checkpoint final : public WeightSource {
   absl::Status ReadQuantizationConfig();
   absl::Status OpenTensors();
   absl::Status OpenShards(const std::string& index_path);
+  absl::Status Verify();
   absl::Status CheckNames() const;
   absl::Status CheckTensors() const;
   absl::Status CheckLmHead() const;
@@ -96,11 +102,12 @@ class Checkpoint final : public WeightSource {
   // With this dtype and shape.
   absl::StatusOr<HostTensor> Typed(const std::string& name, DType dtype,
                                    absl::Span<const int64_t> shape) const;
-  // Sliced and RouterOf without a look at the values.
-  absl::StatusOr<SlicedTensors> SlicedViews(std::string_view linear, int64_t rows,
-                                            int64_t cols) const;
-  absl::StatusOr<RouterTensors> RouterViews(std::string_view router, int num_segments,
-                                            int64_t cols) const;
+  bool has_manifest() const;
+  // Every byte of the weights' files, or of all that MANIFEST names and then compared with it.
+  using FileSink = absl::FunctionRef<void(const SafetensorsFile& file, uint64_t offset,
+                                          absl::Span<const std::byte> bytes)>;
+  absl::Status StreamWeights(const StreamOptions& options, FileSink sink) const;
+  absl::Status StreamListed(const StreamOptions& options, FileSink sink) const;
   std::vector<std::string> FilesRead() const;
 
   std::string dir_;

@@ -1,11 +1,9 @@
 #include "engine/manifest.h"
 
 #include <algorithm>
-#include <atomic>
 #include <filesystem>
 #include <map>
 #include <system_error>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -15,7 +13,6 @@
 #include "absl/strings/str_split.h"
 #include "engine/base/file_writer.h"
 #include "engine/base/mapped_file.h"
-#include "engine/base/mutex.h"
 #include "engine/base/sha256.h"
 #include "engine/base/status_macros.h"
 
@@ -55,44 +52,6 @@ absl::StatusOr<Manifest> ParseManifest(std::string_view text, const std::string&
   return manifest;
 }
 
-struct Listed {
-  MappedFile file;
-  std::string digest;
-};
-
-// On as many threads as there are cores: one hashes no faster than some disks read.
-void HashAll(std::vector<Listed>& listed, const HashProgress& progress) {
-  constexpr size_t kPiece = 16 << 20;
-  uint64_t total = 0;
-  for (const Listed& one : listed) total += one.file.bytes().size();
-  Mutex mutex;
-  uint64_t done = 0;
-  const auto hashed = [&](size_t bytes) {
-    MutexLock lock(mutex);
-    done += bytes;
-    if (progress) progress(done, total);
-  };
-  std::atomic<size_t> next{0};
-  const auto work = [&] {
-    for (size_t i = next++; i < listed.size(); i = next++) {
-      Sha256 hash;
-      auto left = listed[i].file.bytes();
-      while (!left.empty()) {
-        const auto piece = left.subspan(0, kPiece);
-        hash.Update(piece);
-        hashed(piece.size());
-        left.remove_prefix(piece.size());
-      }
-      listed[i].digest = hash.HexDigest();
-    }
-  };
-  const size_t cores = std::max(1u, std::thread::hardware_concurrency());
-  std::vector<std::thread> others(std::max<size_t>(1, std::min(cores, listed.size())) - 1);
-  for (std::thread& thread : others) thread = std::thread(work);
-  work();
-  for (std::thread& thread : others) thread.join();
-}
-
 }  // namespace
 
 bool IsPlainFileName(std::string_view name) {
@@ -120,7 +79,7 @@ absl::Status WriteManifest(const std::string& dir) {
 }
 
 absl::StatusOr<int> VerifyManifest(const std::string& dir, absl::Span<const std::string> files,
-                                   const HashProgress& progress) {
+                                   const StreamOptions& options, ManifestSink sink) {
   const std::string path = dir + "/" + kManifestName;
   MOBI_ASSIGN_OR_RETURN(const MappedFile file, MappedFile::Open(path, kMaxManifestBytes));
   MOBI_ASSIGN_OR_RETURN(const Manifest manifest, ParseManifest(file.text(), path));
@@ -129,19 +88,20 @@ absl::StatusOr<int> VerifyManifest(const std::string& dir, absl::Span<const std:
       return absl::InvalidArgumentError(absl::StrFormat("%s: %s: not listed", path, name));
     }
   }
-  std::vector<Listed> listed;
+  std::vector<StreamedFile> listed;
+  std::vector<std::string_view> names;
   for (const auto& [name, expected] : manifest) {
     const bool weights = absl::EndsWith(name, ".safetensors") &&
                          std::find(files.begin(), files.end(), name) != files.end();
-    MOBI_ASSIGN_OR_RETURN(
-        MappedFile mapped,
-        MappedFile::Open(dir + "/" + name, weights ? INT64_MAX : kMaxSideFileBytes));
-    listed.push_back({std::move(mapped), {}});
+    listed.push_back({dir + "/" + name, weights ? INT64_MAX : kMaxSideFileBytes});
+    names.push_back(name);
   }
-  HashAll(listed, progress);
+  MOBI_RETURN_IF_ERROR(
+      StreamFiles(absl::MakeSpan(listed), options,
+                  [&](size_t i, uint64_t offset, auto bytes) { sink(names[i], offset, bytes); }));
   auto at = listed.begin();
   for (const auto& [name, expected] : manifest) {
-    const std::string& found = (at++)->digest;
+    const std::string& found = (at++)->sha256;
     if (found != expected) {
       return absl::DataLossError(absl::StrFormat("%s/%s: SHA-256 is %s..., MANIFEST says %s...",
                                                  dir, name, found.substr(0, 12),

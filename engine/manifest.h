@@ -3,15 +3,17 @@
 #ifndef MOBI_ENGINE_MANIFEST_H_
 #define MOBI_ENGINE_MANIFEST_H_
 
+#include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
+#include "engine/base/file_stream.h"
 
 namespace mobi {
 
@@ -25,16 +27,17 @@ bool IsPlainFileName(std::string_view name);
 // Hashes every regular file in DIR and writes DIR/MANIFEST, fsynced.
 absl::Status WriteManifest(const std::string& dir);
 
-// Hears how many bytes are hashed of all that there are; called by one thread at a time.
-using HashProgress = std::function<void(uint64_t done, uint64_t total)>;
+// Takes a piece of the file `name`, as PieceSink does.
+using ManifestSink = absl::FunctionRef<void(std::string_view name, uint64_t offset,
+                                            absl::Span<const std::byte> bytes)>;
 
-// Compares DIR with DIR/MANIFEST, reading every file it names, several at once where there are
-// cores for it; returns their number. `files` are names that must be among them; of those, weights
-// may have any size, and no other file may be longer than kMaxSideFileBytes. NOT_FOUND: no MANIFEST
-// or a file of it is missing; INVALID_ARGUMENT: a broken line, a name outside the folder, one of
+// Compares DIR with DIR/MANIFEST, reading every file it names once, and returns their number; what
+// is read passes through `sink`. `files` are names that must be among them; of those, weights may
+// have any size, and no other file may be longer than kMaxSideFileBytes. NOT_FOUND: no MANIFEST or
+// a file of it is missing; INVALID_ARGUMENT: a broken line, a name outside the folder, one of
 // `files` not covered, a file too long; DATA_LOSS: a file does not match.
 absl::StatusOr<int> VerifyManifest(const std::string& dir, absl::Span<const std::string> files,
-                                   const HashProgress& progress = nullptr);
+                                   const StreamOptions& options, ManifestSink sink);
 
 }  // namespace mobi
 

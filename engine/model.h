@@ -7,7 +7,6 @@
 #define MOBI_ENGINE_MODEL_H_
 
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -84,13 +83,12 @@ class KvCache;
 
 class Model {
  public:
-  using Progress = std::function<void(int done, int total)>;  // layers
-
-  // Uploads the source's weights. Errors name the tensor; RESOURCE_EXHAUSTED says what does not
-  // fit. The source may go afterwards unless slices are to be restored. max_positions 0: the
-  // configuration's.
+  // Uploads the source's weights. Errors name the tensor; RESOURCE_EXHAUSTED, before anything is
+  // read, says what does not fit. The source may go afterwards unless slices are to be restored.
+  // max_positions 0: the configuration's.
   static absl::StatusOr<std::unique_ptr<Model>> Load(const WeightSource& source, Backend& backend,
-                                                     int max_positions, const Progress& progress);
+                                                     int max_positions,
+                                                     const ReadOptions& options = {});
 
   const ModelConfig& config() const { return config_; }
   Backend& backend() const { return backend_; }

@@ -1,5 +1,7 @@
-// Model::Load: from the host views of a weight source to tensors in the backend's memory. Linears
-// that share an input are stacked by rows, so that one op reads them all.
+// Model::Load: from the host views of a weight source to tensors in the backend's memory. Every
+// view gets its place first, without being read; then the source is read once, in its own order,
+// and what comes is moved there. Linears that share an input are stacked by rows, so that one op
+// reads them all.
 #include <algorithm>
 #include <cstring>
 #include <optional>
@@ -9,6 +11,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "engine/base/mutex.h"
 #include "engine/base/status_macros.h"
 #include "engine/model.h"
 #include "engine/rope.h"
@@ -17,20 +20,28 @@
 namespace mobi {
 namespace {
 
-std::vector<float> ToFloat(const HostTensor& tensor) {
-  const auto n = static_cast<size_t>(tensor.num_elements());
-  std::vector<float> values(n);
-  if (tensor.dtype == DType::kF32) {
-    std::memcpy(values.data(), tensor.bytes.data(), n * sizeof(float));
+std::vector<float> ToFloat(DType dtype, absl::Span<const std::byte> bytes) {
+  std::vector<float> values(bytes.size() / SizeOf(dtype));
+  if (dtype == DType::kF32) {
+    std::memcpy(values.data(), bytes.data(), bytes.size());
   } else {
-    const auto bits = tensor.As<uint16_t>();
-    const bool bf16 = tensor.dtype == DType::kBF16;
-    for (size_t i = 0; i < n; ++i) {
+    const auto bits = ElementsOf<uint16_t>(bytes);
+    const bool bf16 = dtype == DType::kBF16;
+    for (size_t i = 0; i < values.size(); ++i) {
       values[i] = bf16 ? BFloat16ToFloat(bits[i]) : HalfToFloat(bits[i]);
     }
   }
   return values;
 }
+
+// Where a view of the source goes, and as what.
+struct Move {
+  std::string name = {};
+  DType from = DType::kU8;
+  DType to = DType::kU8;
+  bool finite = false;  // a value that is not is an error
+  std::byte* device = nullptr;
+};
 
 double ToMiB(size_t bytes) { return static_cast<double>(bytes) / 1048576; }
 
@@ -49,7 +60,19 @@ class ModelLoader {
         max_positions > 0 ? max_positions : model_->config_.max_position_embeddings;
   }
 
-  absl::StatusOr<std::unique_ptr<Model>> Load(const Model::Progress& progress) {
+  absl::StatusOr<std::unique_ptr<Model>> Load(const ReadOptions& options) {
+    MOBI_RETURN_IF_ERROR(Place());
+    MOBI_RETURN_IF_ERROR(source_.Read(views_, options, [this](size_t i, size_t offset, auto bytes) {
+      MoveBytes(moves_[i], offset, bytes);
+    }));
+    MOBI_RETURN_IF_ERROR(backend_.Synchronize());
+    MutexLock lock(mutex_);
+    MOBI_RETURN_IF_ERROR(status_);
+    return std::move(model_);
+  }
+
+ private:
+  absl::Status Place() {
     const ModelConfig& config = model_->config_;
     MOBI_RETURN_IF_ERROR(CheckMemory());
     MOBI_RETURN_IF_ERROR(LoadRope());
@@ -60,18 +83,50 @@ class ModelLoader {
     MOBI_ASSIGN_OR_RETURN(model_->embedding_, Dense("model.embed_tokens.weight", config.vocab_size,
                                                     config.hidden_size));
     MOBI_ASSIGN_OR_RETURN(model_->final_norm_, Norm("model.norm.weight"));
-    MOBI_RETURN_IF_ERROR(LoadLmHead());
+    MOBI_RETURN_IF_ERROR(PlaceLmHead());
     for (int i = 0; i < config.num_hidden_layers; ++i) {
-      MOBI_ASSIGN_OR_RETURN(DecoderLayer layer, LoadLayer(i));
+      MOBI_ASSIGN_OR_RETURN(DecoderLayer layer, PlaceLayer(i));
       model_->layers_.push_back(layer);
-      // The source is a mapping: let the copies land before the next layer's are read.
-      MOBI_RETURN_IF_ERROR(backend_.Synchronize());
-      if (progress) progress(i + 1, config.num_hidden_layers);
     }
-    return std::move(model_);
+    return absl::OkStatus();
   }
 
- private:
+  void Add(absl::Span<const std::byte> view, Move move) {
+    views_.push_back(view);
+    moves_.push_back(std::move(move));
+  }
+
+  // By the thread that has the bytes in its cache.
+  void MoveBytes(const Move& move, size_t offset, absl::Span<const std::byte> bytes) {
+    if (move.finite) Check(move, offset, bytes);
+    if (move.from == move.to) return Upload(bytes, move.device + offset);
+    std::byte* const to = move.device + offset / SizeOf(move.from) * SizeOf(move.to);
+    const std::vector<float> values = ToFloat(move.from, bytes);
+    if (move.to == DType::kF32) return Upload(absl::MakeConstSpan(values), to);
+    std::vector<uint16_t> bits(values.size());
+    for (size_t i = 0; i < values.size(); ++i) {
+      bits[i] = move.to == DType::kBF16 ? FloatToBFloat16(values[i]) : FloatToHalf(values[i]);
+    }
+    Upload(absl::MakeConstSpan(bits), to);
+  }
+
+  void Check(const Move& move, size_t offset, absl::Span<const std::byte> bytes) {
+    const std::optional<size_t> index = FirstNonFinite(move.from, bytes);
+    if (!index) return;
+    MutexLock lock(mutex_);
+    status_.Update(absl::InvalidArgumentError(
+        absl::StrFormat("%s: %s: element %u is not finite", source_.name(), move.name,
+                        offset / SizeOf(move.from) + *index)));
+  }
+
+  template <typename T>
+  void Upload(absl::Span<const T> values, std::byte* device) {
+    const size_t bytes = values.size() * sizeof(T);
+    if (backend_.concurrent_uploads()) return backend_.Upload(values.data(), bytes, device);
+    MutexLock lock(mutex_);
+    backend_.Upload(values.data(), bytes, device);
+  }
+
   // What the weights will take, near enough to refuse what cannot fit before anything is moved.
   absl::StatusOr<size_t> WeightBytes() const {
     const ModelConfig& config = model_->config_;
@@ -86,7 +141,7 @@ class ModelLoader {
       if (!model_->routed_) continue;
       MOBI_ASSIGN_OR_RETURN(
           const RouterTensors router,
-          source_.RouterOf(group.router, static_cast<int>(group.linears.size()), cols));
+          source_.RouterViews(group.router, static_cast<int>(group.linears.size()), cols));
       layer += router.w1.bytes.size();
     }
     size_t lm_head = config.tie_word_embeddings ? 0 : embedding;
@@ -138,7 +193,10 @@ class ModelLoader {
     const int64_t size = model_->config_.hidden_size;
     MOBI_ASSIGN_OR_RETURN(HostTensor host, source_.Tensor(name, {size}));
     MOBI_RETURN_IF_ERROR(CheckFloat(host));
-    return Floats(ToFloat(host), 1, size, name);
+    MOBI_ASSIGN_OR_RETURN(std::byte * data,
+                          Allocate(static_cast<size_t>(size) * sizeof(float), name));
+    Add(host.bytes, {name, host.dtype, DType::kF32, false, data});
+    return Tensor::Of(data, DType::kF32, 1, size);
   }
 
   absl::Status CheckFloat(const HostTensor& host) const {
@@ -147,11 +205,11 @@ class ModelLoader {
                                             std::string(Name(host.dtype)), ", not a float type"));
   }
 
-  absl::Status LoadLmHead() {
+  absl::Status PlaceLmHead() {
     const ModelConfig& config = model_->config_;
     const int64_t rows = config.vocab_size, cols = config.hidden_size;
     if (const std::optional<LmHeadLevels> levels = source_.lm_head()) {
-      MOBI_ASSIGN_OR_RETURN(SlicedLmHead head, LoadSlicedLmHead(rows, cols));
+      MOBI_ASSIGN_OR_RETURN(SlicedLmHead head, PlaceSlicedLmHead(rows, cols));
       head.levels = *levels;
       model_->sliced_lm_head_ = head;
       return absl::OkStatus();
@@ -164,8 +222,8 @@ class ModelLoader {
   }
 
   // Slices that always stay: SlicePlanes has those that may leave.
-  absl::StatusOr<SlicedLmHead> LoadSlicedLmHead(int64_t rows, int64_t cols) {
-    MOBI_ASSIGN_OR_RETURN(const SlicedTensors host, source_.Sliced(kLmHead, rows, cols));
+  absl::StatusOr<SlicedLmHead> PlaceSlicedLmHead(int64_t rows, int64_t cols) {
+    MOBI_ASSIGN_OR_RETURN(const SlicedTensors host, source_.SlicedViews(kLmHead, rows, cols));
     SlicedLmHead head;
     head.weight.rows = head.weight.segment_end[0] = PaddedRows(rows);
     head.weight.cols = cols;
@@ -174,13 +232,21 @@ class ModelLoader {
       const size_t scale_bytes = host.scales[i].size() * sizeof(uint16_t);
       MOBI_ASSIGN_OR_RETURN(std::byte * slice, Allocate(slice_bytes, "lm_head"));
       MOBI_ASSIGN_OR_RETURN(std::byte * scales, Allocate(scale_bytes, "lm_head"));
-      backend_.Upload(host.slices[i].data(), slice_bytes, slice);
-      backend_.Upload(host.scales[i].data(), scale_bytes, scales);
+      AddSlice(host, i, slice);
+      AddScales(host, kLmHead, i, scales);
       head.weight.slices[i] = reinterpret_cast<const uint8_t*>(slice);
       head.weight.scales[i] = reinterpret_cast<const uint16_t*>(scales);
       head.bytes[i] = static_cast<float>(BytesAtLevel(rows, cols, i + 1));
     }
     return head;
+  }
+
+  void AddSlice(const SlicedTensors& host, int i, std::byte* device) {
+    Add(host.slice_bytes(i), {.device = device});
+  }
+  void AddScales(const SlicedTensors& host, std::string_view linear, int i, std::byte* device) {
+    Add(host.scale_bytes(i),
+        {absl::StrFormat("%s.scales_%d", linear, i + 1), DType::kF16, DType::kF16, true, device});
   }
 
   absl::StatusOr<Tensor> Dense(const std::string& name, int64_t rows, int64_t cols) {
@@ -207,30 +273,13 @@ class ModelLoader {
         Allocate(static_cast<size_t>(rows * cols) * SizeOf(dtype), parts[0].name));
     std::byte* at = data;
     for (const HostTensor& host : hosts) {
-      UploadAs(host, dtype, at);
+      Add(host.bytes, {host.name, host.dtype, dtype, false, at});
       at += static_cast<size_t>(host.num_elements()) * SizeOf(dtype);
     }
     return Tensor::Of(data, dtype, rows, cols);
   }
 
-  void UploadAs(const HostTensor& host, DType dtype, std::byte* device) {
-    if (host.dtype == dtype) {
-      backend_.Upload(host.bytes.data(), host.bytes.size(), device);
-      return;
-    }
-    const std::vector<float> values = ToFloat(host);
-    if (dtype == DType::kF32) {
-      backend_.Upload(values.data(), values.size() * sizeof(float), device);
-      return;
-    }
-    std::vector<uint16_t> bits(values.size());
-    for (size_t i = 0; i < values.size(); ++i) {
-      bits[i] = dtype == DType::kBF16 ? FloatToBFloat16(values[i]) : FloatToHalf(values[i]);
-    }
-    backend_.Upload(bits.data(), bits.size() * sizeof(uint16_t), device);
-  }
-
-  absl::StatusOr<DecoderLayer> LoadLayer(int index) {
+  absl::StatusOr<DecoderLayer> PlaceLayer(int index) {
     DecoderLayer layer;
     const std::string prefix = absl::StrCat("model.layers.", index, ".");
     MOBI_ASSIGN_OR_RETURN(layer.input_norm, Norm(prefix + "input_layernorm.weight"));
@@ -263,7 +312,7 @@ class ModelLoader {
                          " output features, not a multiple of ", kTileRows));
       }
       MOBI_ASSIGN_OR_RETURN(SlicedTensors part,
-                            source_.Sliced(linear.name, linear.rows, linear.cols));
+                            source_.SlicedViews(linear.name, linear.rows, linear.cols));
       parts.push_back(part);
       weight.rows += linear.rows;
       weight.segment_end[s] = weight.rows;
@@ -271,24 +320,30 @@ class ModelLoader {
     for (int i = 0; i < kNumSlices; ++i) {
       std::vector<absl::Span<const std::byte>> slices, scales;
       for (const SlicedTensors& part : parts) {
-        slices.push_back(
-            {reinterpret_cast<const std::byte*>(part.slices[i].data()), part.slices[i].size()});
-        scales.push_back({reinterpret_cast<const std::byte*>(part.scales[i].data()),
-                          part.scales[i].size() * sizeof(uint16_t)});
+        slices.push_back(part.slice_bytes(i));
+        scales.push_back(part.scale_bytes(i));
       }
       SlicePlanes& planes = model_->slice_planes_;
-      weight.slices[i] = reinterpret_cast<const uint8_t*>(planes.Append(i + 1, slices));
-      weight.scales[i] = reinterpret_cast<const uint16_t*>(planes.Append(i + 1, scales));
+      std::byte* slice = planes.Append(i + 1, slices);
+      std::byte* scale = planes.Append(i + 1, scales);
+      weight.slices[i] = reinterpret_cast<const uint8_t*>(slice);
+      weight.scales[i] = reinterpret_cast<const uint16_t*>(scale);
+      for (size_t s = 0; s < parts.size(); ++s) {
+        AddSlice(parts[s], i, slice);
+        AddScales(parts[s], group.linears[s].name, i, scale);
+        slice += slices[s].size();
+        scale += scales[s].size();
+      }
     }
     model_->routed_tiles_ += weight.rows / kTileRows * (weight.cols / kGroupSize);
-    MOBI_ASSIGN_OR_RETURN(routed.router, LoadRouter(group, weight));
+    MOBI_ASSIGN_OR_RETURN(routed.router, PlaceRouter(group, weight));
     return routed;
   }
 
-  absl::StatusOr<Router> LoadRouter(const RoutedGroup& group, const SlicedWeight& weight) {
+  absl::StatusOr<Router> PlaceRouter(const RoutedGroup& group, const SlicedWeight& weight) {
     const int segments = weight.num_segments;
     MOBI_ASSIGN_OR_RETURN(RouterTensors host,
-                          source_.RouterOf(group.router, segments, weight.cols));
+                          source_.RouterViews(group.router, segments, weight.cols));
     Router router;
     router.num_hidden = host.num_hidden;
     MOBI_ASSIGN_OR_RETURN(router.w1, Raw(host.w1, host.num_hidden, weight.cols));
@@ -305,20 +360,25 @@ class ModelLoader {
     return router;
   }
 
+  // Of a router.
   absl::StatusOr<Tensor> Raw(const HostTensor& host, int64_t rows, int64_t cols) {
     MOBI_ASSIGN_OR_RETURN(std::byte * data, Allocate(host.bytes.size(), host.name));
-    backend_.Upload(host.bytes.data(), host.bytes.size(), data);
+    Add(host.bytes, {host.name, host.dtype, host.dtype, true, data});
     return Tensor::Of(data, host.dtype, rows, cols);
   }
 
   const WeightSource& source_;
   Backend& backend_;
   std::unique_ptr<Model> model_;
+  std::vector<absl::Span<const std::byte>> views_;
+  std::vector<Move> moves_;  // one for each view
+  Mutex mutex_;              // of the backend, too, where uploads must not meet
+  absl::Status status_ ABSL_GUARDED_BY(mutex_);
 };
 
 absl::StatusOr<std::unique_ptr<Model>> Model::Load(const WeightSource& source, Backend& backend,
-                                                   int max_positions, const Progress& progress) {
-  return ModelLoader(source, backend, max_positions).Load(progress);
+                                                   int max_positions, const ReadOptions& options) {
+  return ModelLoader(source, backend, max_positions).Load(options);
 }
 
 }  // namespace mobi

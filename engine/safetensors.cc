@@ -138,7 +138,24 @@ absl::StatusOr<std::string_view> HeaderOf(absl::Span<const std::byte> bytes,
   return std::string_view(reinterpret_cast<const char*>(bytes.data()) + kLengthBytes, length);
 }
 
+template <typename T>
+std::optional<size_t> FirstNonFinite(absl::Span<const T> bits, T exponent_mask) {
+  bool any = false;  // without an early exit the loop runs at the speed of memory
+  for (const T value : bits) any |= (value & exponent_mask) == exponent_mask;
+  if (!any) return std::nullopt;
+  const auto found = std::find_if(bits.begin(), bits.end(), [exponent_mask](T value) {
+    return (value & exponent_mask) == exponent_mask;
+  });
+  return static_cast<size_t>(found - bits.begin());
+}
+
 }  // namespace
+
+std::optional<size_t> FirstNonFinite(DType dtype, absl::Span<const std::byte> bytes) {
+  if (dtype == DType::kF32) return FirstNonFinite(ElementsOf<uint32_t>(bytes), 0x7F800000u);
+  const uint16_t mask = dtype == DType::kF16 ? 0x7C00 : 0x7F80;
+  return FirstNonFinite(ElementsOf<uint16_t>(bytes), mask);
+}
 
 int64_t HostTensor::num_elements() const {
   return static_cast<int64_t>(bytes.size() / SizeOf(dtype));

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <optional>
 #include <set>
 #include <string>
 #include <string_view>
@@ -24,6 +25,11 @@
 
 namespace mobi {
 
+template <typename T>
+absl::Span<const T> ElementsOf(absl::Span<const std::byte> bytes) {
+  return {reinterpret_cast<const T*>(bytes.data()), bytes.size() / sizeof(T)};
+}
+
 // A view of a tensor in host memory. The bytes are little-endian, row-major, and aligned to the
 // element size.
 struct HostTensor {
@@ -35,9 +41,13 @@ struct HostTensor {
   int64_t num_elements() const;
   template <typename T>
   absl::Span<const T> As() const {
-    return {reinterpret_cast<const T*>(bytes.data()), bytes.size() / sizeof(T)};
+    return ElementsOf<T>(bytes);
   }
 };
+
+// Index of the first value that is infinite or not a number; `bytes` are whole elements of a float
+// type.
+std::optional<size_t> FirstNonFinite(DType dtype, absl::Span<const std::byte> bytes);
 
 // "[2, 3]".
 std::string ShapeString(absl::Span<const int64_t> shape);
@@ -59,6 +69,8 @@ class SafetensorsFile {
   SafetensorsFile& operator=(SafetensorsFile&&) = default;
 
   const std::string& path() const { return path_; }
+  // The whole file, into which the tensors are views.
+  absl::Span<const std::byte> bytes() const { return file_.bytes(); }
   const std::vector<HostTensor>& tensors() const { return tensors_; }
   void ReleasePages() const { file_.ReleasePages(); }
   // nullptr when there is none of that name.

@@ -59,15 +59,13 @@ absl::Status SlicePlanes::Allocate(int level, size_t bytes) {
   return backend_->Commit(memory.data(), whole, what);
 }
 
-const std::byte* SlicePlanes::Append(int level,
-                                     absl::Span<const absl::Span<const std::byte>> parts) {
+std::byte* SlicePlanes::Append(int level, absl::Span<const absl::Span<const std::byte>> parts) {
   Plane& plane = planes_[level - 1];
   const size_t begin = plane.used;
   for (const auto& source : parts) {
     plane.parts.push_back({plane.used, source});
     plane.used += source.size();
   }
-  Fill(plane, begin, plane.used);
   plane.used = Aligned(plane.used);
   return plane.memory.As<std::byte>() + begin;
 }

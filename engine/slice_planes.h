@@ -26,9 +26,9 @@ class SlicePlanes {
   static absl::StatusOr<SlicePlanes> Create(const ModelConfig& config, Backend& backend);
   SlicePlanes() = default;  // of a model that is not routed: nothing
 
-  // Uploads `parts` one after another behind what the level's plane has; they are a linear's slice
-  // or scales and fill what Create kept for them. Restore reads the same spans again.
-  const std::byte* Append(int level, absl::Span<const absl::Span<const std::byte>> parts);
+  // The place of `parts`, one after another, behind what the level's plane has: they are a linear's
+  // slice or scales and fill what Create kept for them. Nothing is read but by Restore.
+  std::byte* Append(int level, absl::Span<const absl::Span<const std::byte>> parts);
 
   // OK: planes can leave. UNIMPLEMENTED: the backend's memory cannot come and go.
   const absl::Status& can_drop() const { return can_drop_; }

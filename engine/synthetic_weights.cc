@@ -161,8 +161,8 @@ absl::StatusOr<HostTensor> SyntheticWeights::Tensor(std::string_view name,
   return tensor;
 }
 
-absl::StatusOr<SlicedTensors> SyntheticWeights::Sliced(std::string_view, int64_t rows,
-                                                       int64_t cols) const {
+absl::StatusOr<SlicedTensors> SyntheticWeights::SlicedViews(std::string_view, int64_t rows,
+                                                            int64_t cols) const {
   SlicedTensors tensors{rows, cols, {}, {}};
   for (int i = 0; i < kNumSlices; ++i) {
     tensors.slices[i] = absl::MakeConstSpan(slices_[i]).first(SliceBytes(rows, cols));
@@ -177,8 +177,8 @@ std::optional<LmHeadLevels> SyntheticWeights::lm_head() const {
                       .loss = {1, 1.0f / 16, 1.0f / 256, 1.0f / 4096}};
 }
 
-absl::StatusOr<RouterTensors> SyntheticWeights::RouterOf(std::string_view router, int num_segments,
-                                                         int64_t cols) const {
+absl::StatusOr<RouterTensors> SyntheticWeights::RouterViews(std::string_view router,
+                                                            int num_segments, int64_t cols) const {
   const int64_t hidden = options_.router_hidden, outputs = int64_t{num_segments} * kNumLevels;
   const std::string name(router);
   RouterTensors tensors;
@@ -190,6 +190,12 @@ absl::StatusOr<RouterTensors> SyntheticWeights::RouterOf(std::string_view router
   tensors.w2 = {name + ".w2", DType::kF32, {outputs, hidden}, Bytes(router_w2_, outputs * hidden)};
   tensors.b2 = {name + ".b2", DType::kF32, {outputs}, Bytes(router_b2_, outputs)};
   return tensors;
+}
+
+absl::Status SyntheticWeights::Read(absl::Span<const absl::Span<const std::byte>> views,
+                                    const ReadOptions& /*options*/, ViewSink sink) const {
+  for (size_t i = 0; i < views.size(); ++i) sink(i, 0, views[i]);
+  return absl::OkStatus();
 }
 
 }  // namespace mobi

@@ -36,10 +36,12 @@ class SyntheticWeights final : public WeightSource {
   bool quantized() const override { return options_.quantized; }
   absl::StatusOr<HostTensor> Tensor(std::string_view name,
                                     absl::Span<const int64_t> shape) const override;
-  absl::StatusOr<SlicedTensors> Sliced(std::string_view linear, int64_t rows,
-                                       int64_t cols) const override;
-  absl::StatusOr<RouterTensors> RouterOf(std::string_view router, int num_segments,
-                                         int64_t cols) const override;
+  absl::StatusOr<SlicedTensors> SlicedViews(std::string_view linear, int64_t rows,
+                                            int64_t cols) const override;
+  absl::StatusOr<RouterTensors> RouterViews(std::string_view router, int num_segments,
+                                            int64_t cols) const override;
+  absl::Status Read(absl::Span<const absl::Span<const std::byte>> views, const ReadOptions& options,
+                    ViewSink sink) const override;
   std::optional<LmHeadLevels> lm_head() const override;
   absl::Span<const PricePoint> price_table() const override { return price_table_; }
   absl::Span<const PricePoint> coherent_price_table() const override { return {}; }

@@ -4,11 +4,16 @@
 #define MOBI_ENGINE_WEIGHT_SOURCE_H_
 
 #include <array>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
 #include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "engine/model_config.h"
@@ -29,6 +34,14 @@ struct SlicedTensors {
   int64_t cols = 0;
   std::array<absl::Span<const uint8_t>, kNumSlices> slices;
   std::array<absl::Span<const uint16_t>, kNumLevels> scales;
+
+  absl::Span<const std::byte> slice_bytes(int i) const {
+    return {reinterpret_cast<const std::byte*>(slices[i].data()), slices[i].size()};
+  }
+  absl::Span<const std::byte> scale_bytes(int i) const {
+    return {reinterpret_cast<const std::byte*>(scales[i].data()),
+            scales[i].size() * sizeof(uint16_t)};
+  }
 };
 
 struct RouterTensors {
@@ -68,6 +81,17 @@ struct RoutedGroup {
 // The four groups of a layer in the order of the walk: qkv, o, gate_up, down.
 std::array<RoutedGroup, 4> RoutedGroupsOfLayer(const ModelConfig& config, int layer);
 
+struct ReadOptions {
+  bool verify = false;  // what is read is compared with the checkpoint's sums
+  bool direct = false;  // past the page cache: StreamOptions
+  std::function<void(uint64_t done, uint64_t total)> progress = {};  // bytes; one thread at a time
+};
+
+// Takes bytes of views[view] from `offset` on, whole elements; called by several threads at once,
+// in any order.
+using ViewSink =
+    absl::FunctionRef<void(size_t view, size_t offset, absl::Span<const std::byte> bytes)>;
+
 class WeightSource {
  public:
   virtual ~WeightSource() = default;
@@ -78,10 +102,15 @@ class WeightSource {
   // NOT_FOUND names source and tensor, DATA_LOSS a wrong shape or value.
   virtual absl::StatusOr<HostTensor> Tensor(std::string_view name,
                                             absl::Span<const int64_t> shape) const = 0;
-  virtual absl::StatusOr<SlicedTensors> Sliced(std::string_view linear, int64_t rows,
-                                               int64_t cols) const = 0;
-  virtual absl::StatusOr<RouterTensors> RouterOf(std::string_view router, int num_segments,
-                                                 int64_t cols) const = 0;
+  virtual absl::StatusOr<SlicedTensors> SlicedViews(std::string_view linear, int64_t rows,
+                                                    int64_t cols) const = 0;
+  virtual absl::StatusOr<RouterTensors> RouterViews(std::string_view router, int num_segments,
+                                                    int64_t cols) const = 0;
+  // Gives every byte of `views`, which were got from the methods above and do not overlap, to
+  // `sink`. Reading a view is slower, and unchecked. DATA_LOSS: a file is not what it was written
+  // as.
+  virtual absl::Status Read(absl::Span<const absl::Span<const std::byte>> views,
+                            const ReadOptions& options, ViewSink sink) const = 0;
   // Set: Sliced(kLmHead, vocab_size, hidden_size) gives the logits. Else lm_head.weight or the tied
   // embedding does.
   virtual std::optional<LmHeadLevels> lm_head() const { return std::nullopt; }

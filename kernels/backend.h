@@ -193,6 +193,8 @@ class Backend {
 
   // Host to device in call order with the ops; the host memory may be reused on return.
   virtual void Upload(const void* host, size_t bytes, void* device) = 0;
+  // Upload may be called by several threads at once while no other method is.
+  virtual bool concurrent_uploads() const { return false; }
   // Device to host; complete after Synchronize.
   virtual void Download(const void* device, size_t bytes, void* host) = 0;
   virtual void Zero(void* device, size_t bytes) = 0;

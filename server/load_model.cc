@@ -2,11 +2,9 @@
 
 #include <algorithm>
 #include <filesystem>
-#include <thread>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "engine/base/mutex.h"
 #include "engine/base/status_macros.h"
 #include "engine/step_surface.h"
 #include "kernels/create_backend.h"
@@ -38,51 +36,18 @@ absl::StatusOr<StepSurface> SurfaceOf(const LoadOptions& options, const Model& m
                              std::move(step_ms));
 }
 
-// What the two threads of CheckAndMove have done, told as one.
-class SharedProgress {
- public:
-  SharedProgress(int num_layers, const std::function<void(const LoadProgress&)>& listener)
-      : listener_(listener), progress_({.num_layers = num_layers}) {}
-
-  template <typename Change>
-  void Update(Change change) {
-    MutexLock lock(mutex_);
-    change(progress_);
-    if (listener_) listener_(progress_);
-  }
-
- private:
-  const std::function<void(const LoadProgress&)>& listener_;
-  Mutex mutex_;
-  LoadProgress progress_ ABSL_GUARDED_BY(mutex_);
-};
-
-absl::StatusOr<std::unique_ptr<Model>> CheckAndMove(
-    const LoadOptions& options, const Checkpoint& checkpoint, Backend& backend,
-    const std::function<void(const LoadProgress&)>& listener) {
+absl::StatusOr<std::unique_ptr<Model>> ReadModel(const LoadOptions& options,
+                                                 const Checkpoint& checkpoint, Backend& backend,
+                                                 const LoadProgress& progress) {
   const ModelConfig& config = checkpoint.config();
   const int positions = options.engine.max_model_len > 0 ? options.engine.max_model_len
                                                          : config.max_position_embeddings;
   MOBI_RETURN_IF_ERROR(
       CheckEngineOptions(options.engine, config, positions, backend.activation_dtype()).status());
-  SharedProgress progress(config.num_hidden_layers, listener);
-  absl::Status verified;
-  std::thread verifier;
-  if (options.verify_manifest) {
-    verifier = std::thread([&] {
-      const auto told = [&](uint64_t done, uint64_t total) {
-        progress.Update([&](LoadProgress& p) { p.checked_bytes = done, p.num_bytes = total; });
-      };
-      verified = checkpoint.Verify(told).status();
-    });
-  }
-  auto model = Model::Load(checkpoint, backend, positions, [&](int done, int /*total*/) {
-    progress.Update([&](LoadProgress& p) { p.layers = done; });
-  });
-  if (verifier.joinable()) verifier.join();
-  // First: a damaged file explains whatever loading stumbled over.
-  MOBI_RETURN_IF_ERROR(verified);
-  return model;
+  return Model::Load(checkpoint, backend, positions,
+                     {.verify = options.verify_manifest,
+                      .direct = options.direct_io && !options.engine.residency.enabled,
+                      .progress = progress});
 }
 
 }  // namespace
@@ -98,15 +63,14 @@ absl::StatusOr<OpenedModel> OpenModel(const LoadOptions& options) {
   return OpenedModel{std::move(checkpoint), std::move(tokenizer)};
 }
 
-absl::StatusOr<std::unique_ptr<ServedModel>> LoadModel(
-    const LoadOptions& options, OpenedModel opened, const Clock& clock,
-    const std::function<void(const LoadProgress&)>& progress) {
+absl::StatusOr<std::unique_ptr<ServedModel>> LoadModel(const LoadOptions& options,
+                                                       OpenedModel opened, const Clock& clock,
+                                                       const LoadProgress& progress) {
   auto served = std::make_unique<ServedModel>();
   MOBI_ASSIGN_OR_RETURN(served->backend, CreateBackend(options.device, options.threads));
   served->checkpoint = std::make_unique<Checkpoint>(std::move(opened.checkpoint));
   const Checkpoint& checkpoint = *served->checkpoint;
-  MOBI_ASSIGN_OR_RETURN(served->model,
-                        CheckAndMove(options, checkpoint, *served->backend, progress));
+  MOBI_ASSIGN_OR_RETURN(served->model, ReadModel(options, checkpoint, *served->backend, progress));
   if (options.surface_limit > Duration::zero() && checkpoint.quantized()) {
     MOBI_ASSIGN_OR_RETURN(served->info.surface,
                           SurfaceOf(options, *served->model, checkpoint, clock));

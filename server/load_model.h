@@ -21,6 +21,9 @@ struct LoadOptions {
   std::string dir;
   std::string name;  // empty: the folder's, or its parent's when it is "checkpoint" or "model"
   bool verify_manifest = true;
+  // Weights are read past the page cache where they are not in it; not where slices may leave,
+  // which come back from there.
+  bool direct_io = true;
   std::string device = "cpu";  // cpu, cuda, or auto: cuda where there is a usable GPU
   int threads = 0;             // of the CPU backend; 0: one per core
   EngineOptions engine;
@@ -37,20 +40,15 @@ struct OpenedModel {
 // One line with file, field and reason.
 absl::StatusOr<OpenedModel> OpenModel(const LoadOptions& options);
 
-struct LoadProgress {
-  int layers = 0;
-  int num_layers = 0;
-  uint64_t checked_bytes = 0;  // of the files, against MANIFEST
-  uint64_t num_bytes = 0;      // 0: nothing is checked
-};
+// Of the files, read, checked and moved.
+using LoadProgress = std::function<void(uint64_t bytes, uint64_t of)>;
 
-// Checks the files' sums while their weights move, so that neither waits for the other and both
-// read the disk once; nothing is served before both are done. UNAVAILABLE: no such device.
-// RESOURCE_EXHAUSTED: it does not fit. DATA_LOSS: a file is not MANIFEST's. `progress` is called by
-// one thread at a time. `clock` outlives the model.
-absl::StatusOr<std::unique_ptr<ServedModel>> LoadModel(
-    const LoadOptions& options, OpenedModel opened, const Clock& clock,
-    const std::function<void(const LoadProgress&)>& progress);
+// The files are read once, and their sums are made of what moves; nothing is served before they are
+// right. UNAVAILABLE: no such device. RESOURCE_EXHAUSTED: it does not fit. DATA_LOSS: a file is not
+// MANIFEST's. `progress` is called by one thread at a time. `clock` outlives the model.
+absl::StatusOr<std::unique_ptr<ServedModel>> LoadModel(const LoadOptions& options,
+                                                       OpenedModel opened, const Clock& clock,
+                                                       const LoadProgress& progress);
 
 // Of a Llama with this configuration; tied embeddings count once.
 int64_t NumParameters(const ModelConfig& config);

@@ -1,39 +1,21 @@
 #include "engine/base/mapped_file.h"
 
-#include <fcntl.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include <cerrno>
 #include <utility>
 
-#include "absl/strings/str_cat.h"
+#include "engine/base/file_reader.h"
+#include "engine/base/status_macros.h"
 
 namespace mobi {
 
 absl::StatusOr<MappedFile> MappedFile::Open(const std::string& path, uint64_t max_bytes) {
-  // O_NONBLOCK: opening a pipe without a writer would wait for ever.
-  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-  if (fd < 0) return absl::ErrnoToStatus(errno, path);
-  struct stat info;
-  if (fstat(fd, &info) != 0) {
-    const int error = errno;
-    close(fd);
-    return absl::ErrnoToStatus(error, path);
-  }
-  const auto size = static_cast<uint64_t>(info.st_size);
-  if (!S_ISREG(info.st_mode) || size > max_bytes) {
-    close(fd);
-    if (!S_ISREG(info.st_mode)) return absl::InvalidArgumentError(path + ": not a regular file");
-    return absl::InvalidArgumentError(
-        absl::StrCat(path, ": ", size, " bytes, the limit is ", max_bytes));
-  }
+  MOBI_ASSIGN_OR_RETURN(const FileDescriptor file, FileDescriptor::Open(path, max_bytes));
+  const uint64_t size = file.size();
   void* data = nullptr;
-  if (size > 0) data = mmap(nullptr, size, PROT_READ, MAP_PRIVATE, fd, 0);
-  const int error = errno;
-  close(fd);
-  if (data == MAP_FAILED) return absl::ErrnoToStatus(error, path + ": cannot be mapped");
+  if (size > 0) data = mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file.get(), 0);
+  if (data == MAP_FAILED) return absl::ErrnoToStatus(errno, path + ": cannot be mapped");
   return MappedFile(static_cast<const std::byte*>(data), size);
 }
 

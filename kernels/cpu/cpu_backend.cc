@@ -45,7 +45,8 @@ class HostBackend : public Backend {
   }
   void Decommit(void* at, size_t bytes) final { DecommitHost(at, bytes); }
   size_t page_bytes() const final { return HostPageBytes(); }
-  void Upload(const void* host, size_t bytes, void* device) override { Copy(host, bytes, device); }
+  void Upload(const void* host, size_t bytes, void* device) final { Copy(host, bytes, device); }
+  bool concurrent_uploads() const final { return true; }
   void Download(const void* device, size_t bytes, void* host) final { Copy(device, bytes, host); }
   void Zero(void* device, size_t bytes) final {
     if (bytes > 0) std::memset(device, 0, bytes);
@@ -127,17 +128,6 @@ class SimdBackend final : public HostBackend {
                         pool_.num_threads() == 1 ? " thread" : " threads");
   }
 
-  // The first touch of fresh memory costs more than the copy, and one thread does it slower than
-  // disks read: weights are copied by all. What a step uploads is small.
-  void Upload(const void* host, size_t bytes, void* device) override {
-    constexpr size_t kGrain = 2 << 20;
-    if (bytes < 2 * kGrain) return HostBackend::Upload(host, bytes, device);
-    const auto* from = static_cast<const std::byte*>(host);
-    auto* to = static_cast<std::byte*>(device);
-    pool_.RunRanges(static_cast<int64_t>(bytes), kGrain, [&](int64_t begin, int64_t end, int) {
-      std::memcpy(to + begin, from + begin, static_cast<size_t>(end - begin));
-    });
-  }
   void Embed(Tensor table, const int32_t* ids, Tensor out) override {
     cpu::Embed(pool_, table, ids, out);
   }

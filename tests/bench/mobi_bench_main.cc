@@ -206,7 +206,7 @@ absl::Status Run(const std::vector<std::string>& arguments) {
     std::fflush(stdout);
   }
   MOBI_ASSIGN_OR_RETURN(const std::unique_ptr<Model> model,
-                        Model::Load(*source, backend, absl::GetFlag(FLAGS_context), nullptr));
+                        Model::Load(*source, backend, absl::GetFlag(FLAGS_context)));
   MOBI_ASSIGN_OR_RETURN(const Json result, RunCommand(arguments[0], *model, *source, backend));
   if (absl::GetFlag(FLAGS_json)) std::printf("%s\n", result.dump(2).c_str());
   if (path.empty()) return absl::OkStatus();

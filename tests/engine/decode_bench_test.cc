@@ -22,7 +22,7 @@ class DecodeBenchTest : public testing::Test {
     ASSERT_TRUE(weights.ok()) << weights.status();
     weights_ = std::make_unique<SyntheticWeights>(*std::move(weights));
     backend_ = CreateCpuBackend({.num_threads = 1});
-    auto model = Model::Load(*weights_, *backend_, kContext, nullptr);
+    auto model = Model::Load(*weights_, *backend_, kContext);
     ASSERT_TRUE(model.ok()) << model.status();
     model_ = *std::move(model);
   }

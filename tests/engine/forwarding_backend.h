@@ -33,6 +33,7 @@ class ForwardingBackend : public Backend {
   void Upload(const void* host, size_t bytes, void* device) override {
     inner_->Upload(host, bytes, device);
   }
+  bool concurrent_uploads() const override { return inner_->concurrent_uploads(); }
   void Download(const void* device, size_t bytes, void* host) override {
     inner_->Download(device, bytes, host);
   }

@@ -82,7 +82,7 @@ TEST_P(GoldenTest, LogitsAgreeAndTheMostLikelyTokenIsTheSameEverywhere) {
   auto checkpoint = Checkpoint::Open(GetParam().dir, {});
   ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
   const auto backend = CreateCpuBackend({});
-  auto model = Model::Load(*checkpoint, *backend, 0, nullptr);
+  auto model = Model::Load(*checkpoint, *backend, 0);
   ASSERT_TRUE(model.ok()) << model.status();
   const int vocab = (*model)->config().vocab_size;
   for (int p = 0; p < 4; ++p) {

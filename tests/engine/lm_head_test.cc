@@ -104,7 +104,7 @@ TEST(SlicedLmHeadTest, LogitsAreThoseOfEachRowsLevel) {
     const auto checkpoint = Checkpoint::Open(dir.Sub("mobiquant"), {});
     ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
     const auto backend = CreateCpuBackend({.num_threads = 2});
-    const auto model = Model::Load(*checkpoint, *backend, 0, nullptr);
+    const auto model = Model::Load(*checkpoint, *backend, 0);
     ASSERT_TRUE(model.ok()) << model.status();
     ASSERT_EQ((*model)->logits_stride(), 336);
 
@@ -225,7 +225,7 @@ TEST(SlicedLmHeadBenchTest, AStepMovesTheBytesOfItsLevel) {
     const auto weights =
         SyntheticWeights::Create("synthetic", *config, {.lm_head_min_level = sliced ? 3 : 0});
     ASSERT_TRUE(weights.ok()) << weights.status();
-    const auto model = Model::Load(*weights, *backend, 64, nullptr);
+    const auto model = Model::Load(*weights, *backend, 64);
     ASSERT_TRUE(model.ok()) << model.status();
     const auto bench = DecodeBench::Create({.max_seqs = 2, .context = 33}, **model, *weights);
     ASSERT_TRUE(bench.ok()) << bench.status();

@@ -25,7 +25,7 @@ struct LoadedEngine {
     auto loaded = std::make_unique<LoadedEngine>();
     MOBI_ASSIGN_OR_RETURN(Checkpoint checkpoint, Checkpoint::Open(dir, {}));
     loaded->backend = std::move(backend);
-    MOBI_ASSIGN_OR_RETURN(loaded->model, Model::Load(checkpoint, *loaded->backend, 0, nullptr));
+    MOBI_ASSIGN_OR_RETURN(loaded->model, Model::Load(checkpoint, *loaded->backend, 0));
     MOBI_ASSIGN_OR_RETURN(loaded->engine, Engine::Create(options, *loaded->model, checkpoint,
                                                          *loaded->backend, loaded->clock));
     return loaded;

@@ -34,7 +34,7 @@ class SlicePlanesTest : public testing::TestWithParam<std::string> {
     auto weights = SyntheticWeights::Create("test", *config, {});
     ASSERT_TRUE(weights.ok()) << weights.status();
     weights_ = std::make_unique<SyntheticWeights>(*std::move(weights));
-    auto model = Model::Load(*weights_, *backend_, 64, nullptr);
+    auto model = Model::Load(*weights_, *backend_, 64);
     ASSERT_TRUE(model.ok()) << model.status();
     model_ = *std::move(model);
   }

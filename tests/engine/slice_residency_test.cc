@@ -110,7 +110,7 @@ class SliceResidencyTest : public testing::TestWithParam<std::string> {
     checkpoint_ = std::make_unique<Checkpoint>(*std::move(checkpoint));
     loaded_ = std::make_unique<LoadedEngine>();
     loaded_->backend = std::move(backend);
-    auto model = Model::Load(*checkpoint_, *loaded_->backend, 0, nullptr);
+    auto model = Model::Load(*checkpoint_, *loaded_->backend, 0);
     ASSERT_TRUE(model.ok()) << model.status();
     loaded_->model = *std::move(model);
     auto engine =
@@ -191,7 +191,7 @@ class CappedRun {
  public:
   CappedRun(const Checkpoint& checkpoint, bool coherent, std::unique_ptr<Backend> backend)
       : backend_(std::move(backend)) {
-    auto model = Model::Load(checkpoint, *backend_, 0, nullptr);
+    auto model = Model::Load(checkpoint, *backend_, 0);
     EXPECT_TRUE(model.ok()) << model.status();
     model_ = *std::move(model);
     options_.coherent_decode = coherent;

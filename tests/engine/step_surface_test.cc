@@ -37,7 +37,7 @@ class StepSurfaceTest : public testing::Test {
     auto backend = CreateBackend("cpu", 1);
     ASSERT_TRUE(backend.ok());
     backend_ = *std::move(backend);
-    auto model = Model::Load(*weights_, *backend_, 64, nullptr);
+    auto model = Model::Load(*weights_, *backend_, 64);
     ASSERT_TRUE(model.ok()) << model.status();
     model_ = *std::move(model);
   }

@@ -25,7 +25,7 @@ TEST(SyntheticWeights, AModelOfAnyShapeRunsAtEveryLevel) {
     auto weights = SyntheticWeights::Create("synthetic", Small(), {.quantized = quantized});
     ASSERT_TRUE(weights.ok()) << weights.status();
     const auto backend = CreateCpuBackend({});
-    auto model = Model::Load(*weights, *backend, 0, nullptr);
+    auto model = Model::Load(*weights, *backend, 0);
     ASSERT_TRUE(model.ok()) << model.status();
     RealClock clock;
     auto engine = Engine::Create({}, **model, *weights, *backend, clock);
@@ -47,7 +47,7 @@ TEST(SyntheticWeights, TheSlicerKeepsTheWeightsDistribution) {
   auto weights = SyntheticWeights::Create("synthetic", Small(), {});
   ASSERT_TRUE(weights.ok());
   const int64_t rows = 256, cols = 256;
-  const auto sliced = weights->Sliced("any", rows, cols);
+  const auto sliced = weights->SlicedViews("any", rows, cols);
   ASSERT_TRUE(sliced.ok());
   const uint8_t* slices[kNumSlices];
   for (int s = 0; s < kNumSlices; ++s) slices[s] = sliced->slices[s].data();
