@@ -1,17 +1,19 @@
 #!/usr/bin/python3
 """How long a server takes from start to ready with a large checkpoint, beside reading the same files:
 a folder of Llama-3-8B's shape, of random slices under true checksums, is written once, and then loaded
-from the disk (its pages dropped from the cache first) and from the page cache. A virtual machine may
-be given memory by its host page by page, which can cost more than all else; a start right after another
-one finds memory that the host has given already.
+from the disk (its pages dropped from the cache first), past the page cache and through it, and from the
+page cache. The floor is a program that does nothing but read the files, past the page cache, into fresh
+memory as weights take it: huge pages, on all cores. A virtual machine may be given memory by its host
+page by page, which can cost more than all else, so the floor is measured beside every start.
 
-usage: cold_start.py BIN_DIR WORK_DIR [LAYERS [ROUNDS]]
+usage: cold_start.py BIN_DIR WORK_DIR [LAYERS [ROUNDS [FLAG_OF_THE_SERVER...]]]
 
 32 layers take 10 GB of disk and as much memory. WORK_DIR keeps the folder; delete it afterwards.
 """
-import functools
+import concurrent.futures
 import hashlib
 import json
+import mmap
 import os
 import pathlib
 import random
@@ -152,17 +154,26 @@ def drop_pages(folder):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def read_seconds(folder):
-    start, buffer = time.monotonic(), bytearray(CHUNK)
-    for path in sorted(folder.iterdir()):
-        with open(path, "rb", buffering=0) as file:
-            while file.readinto(buffer):
-                pass
-    return time.monotonic() - start
+def floor_seconds(folder):
+    start = time.monotonic()
+    pieces, memory = [], []
+    for path in sorted(folder.glob("*.safetensors")):
+        file = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        memory.append(mmap.mmap(-1, path.stat().st_size + 2 * CHUNK))
+        memory[-1].madvise(mmap.MADV_HUGEPAGE)
+        view = memoryview(memory[-1])
+        pieces += [(file, view[at:at + CHUNK], at) for at in range(0, path.stat().st_size, CHUNK)]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count() + 4) as threads:
+        read = sum(threads.map(lambda piece: os.preadv(piece[0], [piece[1]], piece[2]), pieces))
+    seconds = time.monotonic() - start
+    assert read == sum(path.stat().st_size for path in folder.glob("*.safetensors")), read
+    for file in {piece[0] for piece in pieces}:
+        os.close(file)
+    return seconds
 
 
 def start_seconds(bin_dir, folder, *flags):
-    with Server(bin_dir, *flags, model=folder) as server:
+    with Server(bin_dir, "--max_model_len", "1024", *flags, model=folder) as server:
         lines = sum(line.startswith("loading") for line in server.greeting.splitlines())
         return server.seconds_to_ready, server.cpu_seconds(), lines
 
@@ -176,25 +187,19 @@ def main():
         make_checkpoint(folder, layers)
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"{size / 1e9:.2f} GB in {len(list(folder.glob('*.safetensors')))} files", flush=True)
-    start = functools.partial(start_seconds, bin_dir, folder, "--max_model_len", "1024")
-    for where, cold, again in (("from the disk", True, False),
-                               ("from the disk, into memory that a start just left", True, True),
-                               ("from the page cache", False, False)):
-        read, ready, cpu = [], [], []
+    for where, cold, flags in (("from the disk", True, ["--direct_io"]),
+                               ("from the disk, through the page cache", True, ["--nodirect_io"]),
+                               ("from the page cache", False, ["--direct_io"])):
+        floor, ready, cpu = [], [], []
         for _ in range(rounds):
-            for times, measure in ((read, lambda: read_seconds(folder)), (ready, start)):
-                if again and times is ready:
-                    start()
-                if cold:
-                    drop_pages(folder)
-                result = measure()
-                if times is ready:
-                    result, used, lines = result
-                    cpu.append(used)
-                times.append(result)
-        print(f"{where}: read {statistics.median(read):.1f} s "
-              f"({size / 1e9 / statistics.median(read):.2f} GB/s), start to ready "
-              f"{statistics.median(ready):.1f} s ({min(ready):.1f} to {max(ready):.1f}), "
+            floor.append(floor_seconds(folder))
+            if cold:
+                drop_pages(folder)
+            seconds, used, lines = start_seconds(bin_dir, folder, *flags, *sys.argv[5:])
+            ready.append(seconds)
+            cpu.append(used)
+        print(f"{where}: floor {statistics.median(floor):.1f} s ({min(floor):.1f} to {max(floor):.1f}), "
+              f"start to ready {statistics.median(ready):.1f} s ({min(ready):.1f} to {max(ready):.1f}), "
               f"{statistics.median(cpu):.1f} s of CPU, {lines} lines of progress", flush=True)
 
 
