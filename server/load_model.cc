@@ -44,10 +44,9 @@ absl::StatusOr<std::unique_ptr<Model>> ReadModel(const LoadOptions& options,
                                                          : config.max_position_embeddings;
   MOBI_RETURN_IF_ERROR(
       CheckEngineOptions(options.engine, config, positions, backend.activation_dtype()).status());
-  return Model::Load(checkpoint, backend, positions,
-                     {.verify = options.verify_manifest,
-                      .direct = options.direct_io && !options.engine.residency.enabled,
-                      .progress = progress});
+  return Model::Load(
+      checkpoint, backend, positions,
+      {.verify = options.verify_manifest, .direct = options.direct_io, .progress = progress});
 }
 
 }  // namespace

@@ -21,9 +21,9 @@ struct LoadOptions {
   std::string dir;
   std::string name;  // empty: the folder's, or its parent's when it is "checkpoint" or "model"
   bool verify_manifest = true;
-  // Weights are read past the page cache where they are not in it; not where slices may leave,
-  // which come back from there.
-  bool direct_io = true;
+  // Weights are read past the page cache where they are not in it. Slices that leave then come back
+  // from the disk.
+  bool direct_io = false;
   std::string device = "cpu";  // cpu, cuda, or auto: cuda where there is a usable GPU
   int threads = 0;             // of the CPU backend; 0: one per core
   EngineOptions engine;

@@ -23,9 +23,9 @@ ABSL_FLAG(std::string, served_model_name, "", "Name that clients see; empty: the
 ABSL_FLAG(bool, verify_manifest, true,
           "Compare every file with MANIFEST's SHA-256 before serving.");
 ABSL_FLAG(
-    bool, direct_io, true,
-    "Read weights past the page cache where they are not in it: takes half the memory and time. "
-    "false: a restart finds them there, which is better on disks slower than 1 GB/s.");
+    bool, direct_io, false,
+    "Read weights past the page cache where they are not in it: half the memory touched, but the "
+    "next start, and slices that come back, read the disk again.");
 ABSL_FLAG(std::string, device, "cpu", "cpu, cuda or auto.");
 ABSL_FLAG(int, threads, 0, "CPU threads; 0: one per core.");
 ABSL_FLAG(std::string, listen, "0.0.0.0:50051", "Address for applications.");

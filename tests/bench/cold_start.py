@@ -187,9 +187,9 @@ def main():
         make_checkpoint(folder, layers)
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"{size / 1e9:.2f} GB in {len(list(folder.glob('*.safetensors')))} files", flush=True)
-    for where, cold, flags in (("from the disk", True, ["--direct_io"]),
-                               ("from the disk, through the page cache", True, ["--nodirect_io"]),
-                               ("from the page cache", False, ["--direct_io"])):
+    for where, cold, flags in (("from the disk, past the page cache", True, ["--direct_io"]),
+                               ("from the disk", True, []),
+                               ("from the page cache", False, [])):
         floor, ready, cpu = [], [], []
         for _ in range(rounds):
             floor.append(floor_seconds(folder))
