@@ -11,8 +11,7 @@ constexpr size_t kMaxMessageBytes = 1024;
 
 template <typename Detail>
 void Attach(const Detail& detail, absl::Status& status) {
-  status.SetPayload("type.googleapis.com/" + Detail::descriptor()->full_name(),
-                    absl::Cord(detail.SerializeAsString()));
+  status.SetPayload(TypeUrl<Detail>(), absl::Cord(detail.SerializeAsString()));
 }
 
 // A cut never splits a UTF-8 sequence: the message is a proto string.

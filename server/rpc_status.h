@@ -33,11 +33,16 @@ grpc::Status ToGrpcStatus(const absl::Status& status);
 // For clients: the status with its details as payloads again.
 absl::Status FromGrpcStatus(const grpc::Status& status);
 
+// A string of its own: protobuf gives names as strings, later as views.
+template <typename Detail>
+std::string TypeUrl() {
+  return std::string("type.googleapis.com/").append(Detail::descriptor()->full_name());
+}
+
 // The parsed detail of this type, or nothing.
 template <typename Detail>
 std::optional<Detail> DetailOf(const absl::Status& status) {
-  const auto payload =
-      status.GetPayload("type.googleapis.com/" + Detail::descriptor()->full_name());
+  const auto payload = status.GetPayload(TypeUrl<Detail>());
   Detail detail;
   if (!payload || !detail.ParseFromString(std::string(*payload))) return std::nullopt;
   return detail;
