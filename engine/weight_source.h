@@ -111,8 +111,8 @@ class WeightSource {
   // as.
   virtual absl::Status Read(absl::Span<const absl::Span<const std::byte>> views,
                             const ReadOptions& options, ViewSink sink) const = 0;
-  // Set: Sliced(kLmHead, vocab_size, hidden_size) gives the logits. Else lm_head.weight or the tied
-  // embedding does.
+  // Set: SlicedViews(kLmHead, vocab_size, hidden_size) gives the logits. Else lm_head.weight or the
+  // tied embedding does.
   virtual std::optional<LmHeadLevels> lm_head() const { return std::nullopt; }
   // Ascending bits, prices never rising. Empty for float weights; coherent mode is optional.
   virtual absl::Span<const PricePoint> price_table() const = 0;

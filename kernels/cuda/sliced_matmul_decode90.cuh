@@ -42,7 +42,6 @@ struct DecodeWarp90 : Decode90Ring<N, W, kBf16, kEach> {
   using Base::kLoadAhead;
   using Base::lane;
   using Base::LevelsOf;
-  using Base::MyRounds;
   using Base::NextStretch;
   using Base::NT;
   using Base::num_tokens;

@@ -35,7 +35,6 @@ struct Decode90Walk : Decode90X<N, W, kBf16, kEach> {
   using Base::MyRounds;
   using Base::num_tokens;
   using Base::num_units;
-  using Base::own;
   using Base::p;
   using Base::plan;
   using Base::SegmentOf;

@@ -63,7 +63,6 @@ inline constexpr bool kRoutedEach = N == 8;
 template <int N, int W>
 struct RoutedDecode90 : DecodeWarp90<N, W, false, kRoutedEach<N>> {
   using Base = DecodeWarp90<N, W, false, kRoutedEach<N>>;
-  using Base::block_groups;
   using Base::first_group;
   using Base::GroupOf;
   using Base::Items;
