@@ -84,7 +84,7 @@ template <bool kBf16>
 cudaError_t LaunchBest(const SlicedMatmulLaunch& launch, const SlicedProblem& problem,
                        const PrefillPlan& plan) {
   const int large = CostOf<256>(problem, launch.num_sms, 3400);
-  const int medium = CostOf<128>(problem, launch.num_sms, 2300);
+  const int medium = CostOf<128>(problem, launch.num_sms, 2050);
   const int small = CostOf<64>(problem, launch.num_sms, 1400);
   if (large <= medium && large <= small) return LaunchTiles<256, kBf16>(launch, problem, plan);
   if (medium <= small) return LaunchTiles<128, kBf16>(launch, problem, plan);

@@ -5,8 +5,8 @@
 // turn slices into 16-bit weights in registers (range * (Q + 1/2) / 4^level + offset,
 // rounded once) and multiply them, 64 rows each, sums in registers. While one warpgroup
 // makes weights, the other's products keep the tensor cores busy.
-// Every output is one chain of products in a fixed order of the columns, whatever BN and the number
-// of tokens, so a token's bits do not depend on the others.
+// A tile with few tokens is multiplied as a narrower one. Every output is one chain of products in a
+// fixed order of the columns, whatever the widths, so a token's bits do not depend on the others.
 #ifndef MOBI_KERNELS_CUDA_SLICED_MATMUL_PREFILL_CUH_
 #define MOBI_KERNELS_CUDA_SLICED_MATMUL_PREFILL_CUH_
 
@@ -45,9 +45,9 @@ struct PrefillShared {
   static constexpr int kW = kXStages * kXStageBytes;
   static constexpr int kOut = kW + kWStages * kWStageBytes;  // [warpgroup]
   static constexpr int kStarts = kOut + kConsumers * kOutTokens * kOutStride;
-  static constexpr int kBarriers = kStarts + 64;
+  static constexpr int kBarriers = kStarts + 128;
   static constexpr int kBytes = kBarriers + 2 * (kXStages + kWStages) * 8;
-  static_assert(kMaxSegments * kStartsOfSegment * 4 <= 64);
+  static_assert(kMaxSegments * kStartsOfSegment * 4 <= 128);
   static_assert(kBytes <= 227 * 1024);
 };
 
@@ -87,11 +87,13 @@ __device__ __forceinline__ PrefillTile FindTile(const SlicedProblem& p, const Pr
     const int token_tiles = CountTokenTiles<BN>(start);
     const int tiles = (end_block - begin_block) * token_tiles;
     if (index < tiles) {
-      const int of_block = index % token_tiles;
+      // Turned by one from row block to row block: a block of the grid, which takes every so many
+      // tiles, would else meet the same tokens again and again, and tiles differ in size.
+      const int of_rows = index / token_tiles, of_block = (index + of_rows) % token_tiles;
       tile.segment = s;
-      tile.first_row = begin_row + index / token_tiles * kPrefillRows;
+      tile.first_row = begin_row + of_rows * kPrefillRows;
       tile.end_row = min(tile.first_row + kPrefillRows, end_row);
-      tile.image = s * plan.token_tiles + of_block;
+      tile.image = start[kImageSegment] * plan.token_tiles + of_block;
       tile.tokens = FindTokenTile<BN>(start, of_block);
       return tile;
     }
@@ -102,12 +104,17 @@ __device__ __forceinline__ PrefillTile FindTile(const SlicedProblem& p, const Pr
   return tile;
 }
 
-// ---- The warpgroup that keeps the others fed.
+// ---- The warpgroup that keeps the others fed: two warps bring slices, half of the row tiles each,
+// and one thread of a third brings x. With few tokens in a tile their instructions are what the
+// others wait for.
+
+inline constexpr int kWeightFeeders = 2;
 
 template <int BN>
 struct Feeder {
   using Shared = PrefillShared<BN>;
-  static constexpr int kTiles = kPrefillRowTiles / 4;  // row tiles of a warp
+  static constexpr int kTiles = kPrefillRowTiles / kWeightFeeders;  // row tiles of a warp
+  static_assert(kTiles == 4);  // so that half a warp has all of their pairs
 
   const SlicedProblem& p;
   const PrefillPlan& plan;
@@ -117,54 +124,72 @@ struct Feeder {
   RingPlace<Shared::kXStages> at_x;
   RingPlace<Shared::kWStages> at_w;
 
-  // One group of this warp's row tiles. index: of their group 0.
-  __device__ __forceinline__ void FeedWeights(int level, const uint32_t (&index)[kTiles],
-                                              int group) {
-    ptx::BarrierWait(w.empty + at_w.stage * 8, at_w.parity ^ 1);
-    const uint32_t stage = shared + Shared::kW + at_w.stage * Shared::kWStageBytes + lane * 16;
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      const size_t from = index[i] + group;
-      const int row_tile = warp * kTiles + i;
-#pragma unroll
-      for (int s = 0; s < kNumSlices; ++s) {
-        if (s >= level) break;
-        ptx::CopyAsync16(stage + (row_tile * kNumSlices + s) * kTileBytes,
-                         p.slices[s] + from * 32 + lane);
-      }
-      if (lane < 4) {
-        ptx::CopyAsync16(stage + Shared::kPairs + row_tile * kTileScaleBytes,
-                         p.scales[level - 1] + from * 4 + lane);
-      }
-    }
-    ptx::BarrierArriveAfterCopies(w.full + at_w.stage * 8);
-    at_w.Next();
+  // The index of group 0 of this warp's i-th row tile. Beyond the segment its last is repeated;
+  // nothing of that is stored.
+  __device__ __forceinline__ int64_t IndexOf(const PrefillTile& tile, int i) const {
+    const int of_all =
+        min(tile.first_row / kTileRows + warp * kTiles + i, tile.end_row / kTileRows - 1);
+    return int64_t{of_all} * p.groups;
   }
 
-  // One step, asked for by one lane.
-  __device__ __forceinline__ void FeedX(const uint8_t* image, uint32_t bytes) {
-    ptx::BarrierWait(x.empty + at_x.stage * 8, at_x.parity ^ 1);
-    const uint32_t full = x.full + at_x.stage * 8;
-    ptx::BarrierArriveExpecting(full, bytes);
-    ptx::BulkCopy(shared + at_x.stage * Shared::kXStageBytes, image, bytes, full);
-    at_x.Next();
+  template <int level>
+  __device__ __forceinline__ void FeedWeights(const PrefillTile& tile) {
+    const uint4 *from[level], *pairs;
+    int offset[kTiles];  // from the first row tile, in words of 16 bytes
+#pragma unroll
+    for (int s = 0; s < level; ++s) from[s] = p.slices[s] + IndexOf(tile, 0) * 32 + lane;
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      offset[i] = static_cast<int>(IndexOf(tile, i) - IndexOf(tile, 0)) * 32;
+    }
+    pairs = p.scales[level - 1] + IndexOf(tile, lane / 4) * 4 + lane % 4;
+    const uint32_t to = shared + Shared::kW + warp * kTiles * kNumSlices * kTileBytes + lane * 16;
+    const uint32_t pairs_to =
+        shared + Shared::kW + Shared::kPairs + warp * kTiles * kTileScaleBytes + lane * 16;
+    for (int group = 0; group < p.groups; ++group) {
+      ptx::BarrierWait(w.empty + at_w.stage * 8, at_w.parity ^ 1);
+      const uint32_t stage = at_w.stage * Shared::kWStageBytes;
+#pragma unroll
+      for (int s = 0; s < level; ++s) {
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i) {
+          ptx::CopyAsync16(to + stage + (i * kNumSlices + s) * kTileBytes, from[s] + offset[i]);
+        }
+        from[s] += 32;
+      }
+      if (lane < 4 * kTiles) ptx::CopyAsync16(pairs_to + stage, pairs);
+      pairs += 4;
+      ptx::BarrierArriveAfterCopies(w.full + at_w.stage * 8);
+      at_w.Next();
+    }
+  }
+
+  __device__ __forceinline__ void FeedX(const PrefillTile& tile) {
+    const uint8_t* image = plan.images + int64_t{tile.image} * 2 * p.groups * (BN * 128);
+    const uint32_t bytes = (tile.tokens.count + 7) / 8 * 8 * 128;
+    for (int step = 0; step < 2 * p.groups; ++step, image += BN * 128) {
+      ptx::BarrierWait(x.empty + at_x.stage * 8, at_x.parity ^ 1);
+      const uint32_t full = x.full + at_x.stage * 8;
+      ptx::BarrierArriveExpecting(full, bytes);
+      ptx::BulkCopy(shared + at_x.stage * Shared::kXStageBytes, image, bytes, full);
+      at_x.Next();
+    }
   }
 
   __device__ __forceinline__ void Feed(const PrefillTile& tile) {
-    uint32_t index[kTiles];
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      // Row tiles beyond the segment repeat its last; nothing of them is stored.
-      const int of_all =
-          min(tile.first_row / kTileRows + warp * kTiles + i, tile.end_row / kTileRows - 1);
-      index[i] = static_cast<uint32_t>(of_all * p.groups);
+    if (warp >= kWeightFeeders) {
+      if (warp == kWeightFeeders && lane == 0) FeedX(tile);
+      return;
     }
-    const uint8_t* image = plan.images + int64_t{tile.image} * 2 * p.groups * (BN * 128);
-    const uint32_t bytes = (tile.tokens.count + 7) / 8 * 8 * 128;
-    for (int group = 0; group < p.groups; ++group) {
-      FeedWeights(tile.tokens.level, index, group);
-      if (warp > 0 || lane > 0) continue;
-      for (int half = 0; half < 2; ++half, image += BN * 128) FeedX(image, bytes);
+    switch (tile.tokens.level) {
+      case 1:
+        return FeedWeights<1>(tile);
+      case 2:
+        return FeedWeights<2>(tile);
+      case 3:
+        return FeedWeights<3>(tile);
+      default:
+        return FeedWeights<4>(tile);
     }
   }
 };
@@ -234,15 +259,16 @@ struct Consumer {
     }
   }
 
-  // Half a group: one step of x.
-  __device__ __forceinline__ void MultiplyStep(const uint32_t (&a)[16], float (&d)[BN / 2]) const {
+  // Half a group: one step of x. n: tokens that are multiplied.
+  template <int n>
+  __device__ __forceinline__ void MultiplyStep(const uint32_t (&a)[16], float (&d)[n / 2]) const {
     ptx::BarrierWait(x.full + at_x.stage * 8, at_x.parity);
     const uint64_t b =
         ptx::WgmmaOperand(ptx::SharedAddress(shared) + at_x.stage * Shared::kXStageBytes);
     ptx::WgmmaFence();
 #pragma unroll
     for (int k = 0; k < kStepColumns / 16; ++k) {
-      ptx::WgmmaRegisters<BN, kBf16>(d, a + 4 * k, b + k * ptx::kWgmmaStep);
+      ptx::WgmmaRegisters<n, kBf16>(d, a + 4 * k, b + k * ptx::kWgmmaStep);
     }
     ptx::WgmmaCommit();
   }
@@ -252,10 +278,10 @@ struct Consumer {
   }
 
   // The other warpgroup's products run while this one makes weights.
-  template <int level>
-  __device__ __forceinline__ void Multiply(float (&d)[BN / 2]) {
+  template <int level, int n>
+  __device__ __forceinline__ void Multiply(float (&d)[n / 2]) {
 #pragma unroll
-    for (int i = 0; i < BN / 2; ++i) d[i] = 0;
+    for (int i = 0; i < n / 2; ++i) d[i] = 0;
     for (int group = 0; group < p.groups; ++group) {
       ptx::BarrierWait(w.full + at_w.stage * 8, at_w.parity);
       const uint8_t* const stage = shared + Shared::kW + at_w.stage * Shared::kWStageBytes;
@@ -268,7 +294,7 @@ struct Consumer {
           __syncwarp();
           Release(w.empty, at_w.stage);
         }
-        MultiplyStep(a, d);
+        MultiplyStep<n>(a, d);
         ptx::WgmmaWait<0>();
         Release(x.empty, at_x.stage);
         at_x.Next();
@@ -288,10 +314,11 @@ struct Consumer {
     return *reinterpret_cast<const uint32_t*>(&pair);
   }
 
+  template <int n>
   __device__ __forceinline__ void StoreWide(const PrefillTile& tile, const int32_t* tokens,
-                                            const float (&d)[BN / 2]) const {
+                                            const float (&d)[n / 2]) const {
 #pragma unroll
-    for (int j = 0; j < BN / 8; ++j) {
+    for (int j = 0; j < n / 8; ++j) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const int column = 8 * j + lane % 4 * 2 + k % 2;
@@ -304,15 +331,16 @@ struct Consumer {
   }
 
   // Through shared memory, transposed, so that a token's rows leave side by side.
+  template <int n>
   __device__ __forceinline__ void StoreNarrow(const PrefillTile& tile, const int32_t* tokens,
-                                              const float (&d)[BN / 2]) const {
+                                              const float (&d)[n / 2]) const {
     constexpr int kTokens = Shared::kOutTokens, kStride = Shared::kOutStride;
     uint8_t* const staged = shared + Shared::kOut + warpgroup * (kTokens * kStride);
     const uint32_t to =
         ptx::SharedAddress(staged) + lane % 8 * kStride + warp * 32 + lane / 8 % 2 * 16;
     const bool vectors = p.out_stride % 8 == 0 && reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
 #pragma unroll
-    for (int first = 0; first < BN; first += kTokens) {
+    for (int first = 0; first < n; first += kTokens) {
       ptx::NamedBarrier(1 + warpgroup, kWarpgroup);  // what was staged before has left
 #pragma unroll
       for (int j = 0; j < kTokens / 8; ++j) {
@@ -344,20 +372,27 @@ struct Consumer {
     }
   }
 
-  __device__ __forceinline__ void Store(const PrefillTile& tile, const float (&d)[BN / 2]) const {
+  template <int level, int n>
+  __device__ __forceinline__ void RunWith(const PrefillTile& tile) {
+    float d[n / 2];
+    Multiply<level, n>(d);
     const int32_t* const tokens = plan.order + tile.segment * p.num_tokens + tile.tokens.first;
     if (p.out_type == DType::kF32) {
-      StoreWide(tile, tokens, d);
+      StoreWide<n>(tile, tokens, d);
     } else {
-      StoreNarrow(tile, tokens, d);
+      StoreNarrow<n>(tile, tokens, d);
     }
   }
 
   template <int level>
   __device__ __forceinline__ void RunAt(const PrefillTile& tile) {
-    float d[BN / 2];
-    Multiply<level>(d);
-    Store(tile, d);
+    if constexpr (BN > 128) {
+      if (tile.tokens.count > 128) return RunWith<level, 256>(tile);
+    }
+    if constexpr (BN > 64) {
+      if (tile.tokens.count > 64) return RunWith<level, 128>(tile);
+    }
+    RunWith<level, 64>(tile);
   }
 
   __device__ __forceinline__ void Run(const PrefillTile& tile) {
@@ -394,7 +429,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
       ptx::BarrierInit(x.empty + i * 8, kConsumers * 4);
     }
     for (int i = 0; i < Shared::kWStages; ++i) {
-      ptx::BarrierInit(w.full + i * 8, kWarpgroup);
+      ptx::BarrierInit(w.full + i * 8, 32 * kWeightFeeders);
       ptx::BarrierInit(w.empty + i * 8, kConsumers * 4);
     }
     ptx::FenceBarrierInit();

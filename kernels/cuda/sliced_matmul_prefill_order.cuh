@@ -15,11 +15,13 @@
 namespace mobi::cuda {
 
 inline constexpr int kStepColumns = 64;  // a row of 128 bytes
-inline constexpr int kStartsOfSegment = kNumLevels + 1;
+inline constexpr int kImageSegment = kNumLevels + 1;  // after the starts
+inline constexpr int kStartsOfSegment = kImageSegment + 1;
 
 struct PrefillPlan {
   // Tokens of each segment by level: order[segment * num_tokens + i], those of level l from
-  // start[segment * kStartsOfSegment + l - 1] to the next.
+  // start[segment * kStartsOfSegment + l - 1] to the next. At kImageSegment: the segment whose
+  // images serve this one, which reads the same levels.
   int32_t* order = nullptr;
   int32_t* start = nullptr;
   uint8_t* images = nullptr;              // [segment][tile], room for token_tiles each
@@ -69,7 +71,7 @@ inline constexpr int kPackGroups = 8;  // of a block
 
 struct PackShared {
   uint64_t warp_counts[kPackWarps];
-  int32_t start[kStartsOfSegment];
+  int32_t start[kNumLevels + 1];
   int32_t tokens[kPackTokens];
 };
 
@@ -113,6 +115,21 @@ __device__ __forceinline__ void FindPlaces(const uint8_t* levels, int begin, int
   }
   if (threadIdx.x == 0) s.start[kNumLevels] = start;
   __syncthreads();
+}
+
+// The first segment in which every token reads the same level as in this one. The block's threads
+// have tokens begin .. end - 1.
+__device__ __forceinline__ int FirstWithLevels(const SlicedProblem& p, int segment, int begin,
+                                               int end) {
+  const uint8_t* const levels = p.levels + segment * p.levels_stride;
+  for (int other = 0; other < segment; ++other) {
+    bool same = true;
+    for (int i = begin; i < end; ++i) {
+      same &= LevelOf(p.levels + other * p.levels_stride, i) == LevelOf(levels, i);
+    }
+    if (__syncthreads_and(same)) return other;
+  }
+  return segment;
 }
 
 // Lists the tokens at `count` places of a segment's order from `first` on.
@@ -161,6 +178,7 @@ __global__ void __launch_bounds__(kPackThreads)
   const int first = threadIdx.x * each, last = min(first + each, p.num_tokens);
   int next[kNumLevels];
   FindPlaces(levels, first, last, s, next);
+  const int image_segment = FirstWithLevels(p, segment, first, last);
   const TokenTile tile = FindTokenTile<BN>(s.start, of_segment);
   const int rows = max(min(kPackTokens, tile.count - first_row), 0);
   const int thread = threadIdx.x, row = thread / 16;
@@ -171,10 +189,11 @@ __global__ void __launch_bounds__(kPackThreads)
       plan.order[segment * p.num_tokens + tile.first + first_row + thread] = s.tokens[thread];
     }
     if (of_segment == 0 && first_row == 0 && thread < kStartsOfSegment) {
-      plan.start[segment * kStartsOfSegment + thread] = s.start[thread];
+      plan.start[segment * kStartsOfSegment + thread] =
+          thread == kImageSegment ? image_segment : s.start[thread];
     }
   }
-  if (rows == 0) return;
+  if (rows == 0 || image_segment != segment) return;
   // Rows without a token are written by nobody: their products are stored by nobody.
   const bool mine = row < rows;
   const int lane = threadIdx.x % 16, word = lane % 4, t = lane / 4;
