@@ -259,9 +259,26 @@ struct Consumer {
     }
   }
 
+  __device__ __forceinline__ void Release(uint32_t empty, int stage) const {
+    if (lane == 0) ptx::BarrierArrive(empty + stage * 8);
+  }
+
+  // The next group's slices are here.
+  __device__ __forceinline__ const uint8_t* AwaitWeights() const {
+    ptx::BarrierWait(w.full + at_w.stage * 8, at_w.parity);
+    return shared + Shared::kW + at_w.stage * Shared::kWStageBytes;
+  }
+
+  // Their weights are in registers.
+  __device__ __forceinline__ void PassWeights() {
+    __syncwarp();
+    Release(w.empty, at_w.stage);
+    at_w.Next();
+  }
+
   // Half a group: one step of x. n: tokens that are multiplied.
   template <int n>
-  __device__ __forceinline__ void MultiplyStep(const uint32_t (&a)[16], float (&d)[n / 2]) const {
+  __device__ __forceinline__ void StartStep(const uint32_t (&a)[16], float (&d)[n / 2]) const {
     ptx::BarrierWait(x.full + at_x.stage * 8, at_x.parity);
     const uint64_t b =
         ptx::WgmmaOperand(ptx::SharedAddress(shared) + at_x.stage * Shared::kXStageBytes);
@@ -273,34 +290,50 @@ struct Consumer {
     ptx::WgmmaCommit();
   }
 
-  __device__ __forceinline__ void Release(uint32_t empty, int stage) const {
-    if (lane == 0) ptx::BarrierArrive(empty + stage * 8);
+  __device__ __forceinline__ void FinishStep() {
+    ptx::WgmmaWait<0>();
+    Release(x.empty, at_x.stage);
+    at_x.Next();
   }
 
   // The other warpgroup's products run while this one makes weights.
   template <int level, int n>
   __device__ __forceinline__ void Multiply(float (&d)[n / 2]) {
-#pragma unroll
-    for (int i = 0; i < n / 2; ++i) d[i] = 0;
     for (int group = 0; group < p.groups; ++group) {
-      ptx::BarrierWait(w.full + at_w.stage * 8, at_w.parity);
-      const uint8_t* const stage = shared + Shared::kW + at_w.stage * Shared::kWStageBytes;
+      const uint8_t* const stage = AwaitWeights();
       const Pairs pairs = LoadPairs(stage);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        uint32_t a[16];
-        MakeWeights<level>(stage, half, pairs, a);
-        if (half == 1) {
-          __syncwarp();
-          Release(w.empty, at_w.stage);
-        }
-        MultiplyStep<n>(a, d);
-        ptx::WgmmaWait<0>();
-        Release(x.empty, at_x.stage);
-        at_x.Next();
-      }
-      at_w.Next();
+      uint32_t a[16];
+      MakeWeights<level>(stage, 0, pairs, a);
+      StartStep<n>(a, d);
+      FinishStep();
+      MakeWeights<level>(stage, 1, pairs, a);
+      PassWeights();
+      StartStep<n>(a, d);
+      FinishStep();
     }
+  }
+
+  // Few tokens' products take less time than the weights, and leave registers: the next weights are
+  // made while this warpgroup's own products run.
+  template <int level, int n>
+  __device__ __forceinline__ void MultiplyAhead(float (&d)[n / 2]) {
+    uint32_t a[16], b[16];
+    const uint8_t* stage = AwaitWeights();
+    Pairs pairs = LoadPairs(stage);
+    MakeWeights<level>(stage, 0, pairs, a);
+    for (int group = 1;; ++group) {
+      StartStep<n>(a, d);
+      MakeWeights<level>(stage, 1, pairs, b);
+      PassWeights();
+      FinishStep();
+      StartStep<n>(b, d);
+      if (group == p.groups) break;
+      stage = AwaitWeights();
+      pairs = LoadPairs(stage);
+      MakeWeights<level>(stage, 0, pairs, a);
+      FinishStep();
+    }
+    FinishStep();
   }
 
   // ---- The result.
@@ -375,7 +408,13 @@ struct Consumer {
   template <int level, int n>
   __device__ __forceinline__ void RunWith(const PrefillTile& tile) {
     float d[n / 2];
-    Multiply<level, n>(d);
+#pragma unroll
+    for (int i = 0; i < n / 2; ++i) d[i] = 0;
+    if constexpr (n > 128) {
+      Multiply<level, n>(d);
+    } else {
+      MultiplyAhead<level, n>(d);
+    }
     const int32_t* const tokens = plan.order + tile.segment * p.num_tokens + tile.tokens.first;
     if (p.out_type == DType::kF32) {
       StoreWide<n>(tile, tokens, d);

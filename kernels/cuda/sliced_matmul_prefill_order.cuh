@@ -81,17 +81,59 @@ __device__ __forceinline__ int CountOf(uint64_t counts, int level) {
   return static_cast<int>(counts >> (16 * (level - 1)) & 0xFFFF);
 }
 
-__device__ __forceinline__ int LevelOf(const uint8_t* levels, int token) {
-  return min(max(static_cast<int>(__ldcg(levels + token)), 1), kNumLevels);
-}
+// A thread's tokens begin .. end - 1 of one segment. Levels are read eight at a time: what they take
+// is the wait for memory.
+struct OwnTokens {
+  static constexpr int kAtOnce = 8;
+  const uint8_t* levels;
+  int begin, end;
+  uint32_t first;  // the first eight
 
-// The place in a segment's order of this thread's first token of each level, and s.start. A thread
-// has tokens begin .. end - 1.
-__device__ __forceinline__ void FindPlaces(const uint8_t* levels, int begin, int end, PackShared& s,
+  __device__ __forceinline__ OwnTokens(const SlicedProblem& p, int segment, int begin, int end)
+      : levels(p.levels + segment * p.levels_stride), begin(begin), end(end), first(Read(begin)) {}
+
+  // From token `from` on, four bits each; 0: no token of this thread.
+  __device__ __forceinline__ uint32_t Read(int from) const {
+    uint32_t all = 0;
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      if (from + k >= end) continue;
+      const int level = min(max(static_cast<int>(__ldcg(levels + from + k)), 1), kNumLevels);
+      all |= static_cast<uint32_t>(level) << (4 * k);
+    }
+    return all;
+  }
+
+  __device__ __forceinline__ uint32_t At(int from) const {
+    return from == begin ? first : Read(from);
+  }
+
+  // call(token, level)
+  template <typename Call>
+  __device__ __forceinline__ void ForEach(const Call& call) const {
+    for (int from = begin; from < end; from += kAtOnce) {
+      const uint32_t all = At(from);
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        const int level = static_cast<int>(all >> (4 * k) & 15);
+        if (level > 0) call(from + k, level);
+      }
+    }
+  }
+
+  __device__ __forceinline__ bool SameAs(const OwnTokens& other) const {
+    bool same = true;
+    for (int from = begin; from < end; from += kAtOnce) same &= At(from) == other.At(from);
+    return same;
+  }
+};
+
+// The place in a segment's order of this thread's first token of each level, and s.start.
+__device__ __forceinline__ void FindPlaces(const OwnTokens& tokens, PackShared& s,
                                            int (&next)[kNumLevels]) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   uint64_t own = 0;
-  for (int i = begin; i < end; ++i) own += uint64_t{1} << (16 * (LevelOf(levels, i) - 1));
+  tokens.ForEach([&](int, int level) { own += uint64_t{1} << (16 * (level - 1)); });
   uint64_t sum = own;
 #pragma unroll
   for (int offset = 1; offset < 32; offset *= 2) {
@@ -117,34 +159,26 @@ __device__ __forceinline__ void FindPlaces(const uint8_t* levels, int begin, int
   __syncthreads();
 }
 
-// The first segment in which every token reads the same level as in this one. The block's threads
-// have tokens begin .. end - 1.
-__device__ __forceinline__ int FirstWithLevels(const SlicedProblem& p, int segment, int begin,
-                                               int end) {
-  const uint8_t* const levels = p.levels + segment * p.levels_stride;
+// The first segment in which all tokens read the same levels as in this one, whose these are.
+__device__ __forceinline__ int FirstWithLevels(const SlicedProblem& p, int segment,
+                                               const OwnTokens& tokens) {
   for (int other = 0; other < segment; ++other) {
-    bool same = true;
-    for (int i = begin; i < end; ++i) {
-      same &= LevelOf(p.levels + other * p.levels_stride, i) == LevelOf(levels, i);
-    }
-    if (__syncthreads_and(same)) return other;
+    if (__syncthreads_and(tokens.SameAs({p, other, tokens.begin, tokens.end}))) return other;
   }
   return segment;
 }
 
 // Lists the tokens at `count` places of a segment's order from `first` on.
-__device__ __forceinline__ void ListTokens(const uint8_t* levels, int begin, int end,
-                                           int (&next)[kNumLevels], int first, int count,
-                                           int32_t* tokens) {
-  for (int i = begin; i < end; ++i) {
-    const int level = LevelOf(levels, i);
+__device__ __forceinline__ void ListTokens(const OwnTokens& tokens, int (&next)[kNumLevels],
+                                           int first, int count, int32_t* list) {
+  tokens.ForEach([&](int token, int level) {
     int place = 0;
 #pragma unroll
     for (int l = 1; l <= kNumLevels; ++l) {
       if (level == l) place = next[l - 1]++;
     }
-    if (place >= first && place < first + count) tokens[place - first] = i;
-  }
+    if (place >= first && place < first + count) list[place - first] = token;
+  });
 }
 
 // ---- Images. Half a warp carries one group of one token at a time, 16 bytes a lane.
@@ -173,16 +207,17 @@ __global__ void __launch_bounds__(kPackThreads)
   ptx::WaitForPrevious();
   const int place = blockIdx.x / kParts, segment = place / plan.token_tiles;
   const int of_segment = place % plan.token_tiles, first_row = blockIdx.x % kParts * kPackTokens;
-  const uint8_t* const levels = p.levels + segment * p.levels_stride;
-  const int each = (p.num_tokens + kPackThreads - 1) / kPackThreads;
-  const int first = threadIdx.x * each, last = min(first + each, p.num_tokens);
+  const int each = (p.num_tokens + kPackThreads - 1) / kPackThreads, first = threadIdx.x * each;
+  const OwnTokens own(p, segment, first, min(first + each, p.num_tokens));
+  const int image_segment = FirstWithLevels(p, segment, own);
+  if (image_segment != segment && blockIdx.y > 0) return;
   int next[kNumLevels];
-  FindPlaces(levels, first, last, s, next);
-  const int image_segment = FirstWithLevels(p, segment, first, last);
+  FindPlaces(own, s, next);
   const TokenTile tile = FindTokenTile<BN>(s.start, of_segment);
   const int rows = max(min(kPackTokens, tile.count - first_row), 0);
+  if (rows == 0 && blockIdx.y > 0) return;
   const int thread = threadIdx.x, row = thread / 16;
-  ListTokens(levels, first, last, next, tile.first + first_row, rows, s.tokens);
+  ListTokens(own, next, tile.first + first_row, rows, s.tokens);
   __syncthreads();
   if (blockIdx.y == 0) {
     if (thread < rows) {
