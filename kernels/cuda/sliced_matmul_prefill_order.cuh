@@ -128,9 +128,13 @@ struct OwnTokens {
   }
 };
 
-// The place in a segment's order of this thread's first token of each level, and s.start.
-__device__ __forceinline__ void FindPlaces(const OwnTokens& tokens, PackShared& s,
-                                           int (&next)[kNumLevels]) {
+// Counts of tokens by level: this thread's, and those of the threads before it.
+struct OwnCounts {
+  uint64_t own, before;
+};
+
+// Also s.start.
+__device__ __forceinline__ OwnCounts CountTokens(const OwnTokens& tokens, PackShared& s) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   uint64_t own = 0;
   tokens.ForEach([&](int, int level) { own += uint64_t{1} << (16 * (level - 1)); });
@@ -148,15 +152,17 @@ __device__ __forceinline__ void FindPlaces(const OwnTokens& tokens, PackShared& 
     if (w < warp) before += s.warp_counts[w];
     all += s.warp_counts[w];
   }
-  int start = 0;
+  if (threadIdx.x == 0) {
+    int start = 0;
 #pragma unroll
-  for (int level = 1; level <= kNumLevels; ++level) {
-    if (threadIdx.x == 0) s.start[level - 1] = start;
-    next[level - 1] = start + CountOf(before, level);
-    start += CountOf(all, level);
+    for (int level = 1; level <= kNumLevels; ++level) {
+      s.start[level - 1] = start;
+      start += CountOf(all, level);
+    }
+    s.start[kNumLevels] = start;
   }
-  if (threadIdx.x == 0) s.start[kNumLevels] = start;
   __syncthreads();
+  return {own, before};
 }
 
 // The first segment in which all tokens read the same levels as in this one, whose these are.
@@ -168,16 +174,17 @@ __device__ __forceinline__ int FirstWithLevels(const SlicedProblem& p, int segme
   return segment;
 }
 
-// Lists the tokens at `count` places of a segment's order from `first` on.
-__device__ __forceinline__ void ListTokens(const OwnTokens& tokens, int (&next)[kNumLevels],
-                                           int first, int count, int32_t* list) {
-  tokens.ForEach([&](int token, int level) {
-    int place = 0;
-#pragma unroll
-    for (int l = 1; l <= kNumLevels; ++l) {
-      if (level == l) place = next[l - 1]++;
-    }
-    if (place >= first && place < first + count) list[place - first] = token;
+// Lists `count` of a level's tokens from the place `first` of their segment's order on. Few threads
+// have any of them.
+__device__ __forceinline__ void ListTokens(const OwnTokens& tokens, const OwnCounts& counts,
+                                           int level, int first, int count, PackShared& s) {
+  if (count == 0) return;
+  int place = s.start[level - 1] + CountOf(counts.before, level) - first;
+  if (place >= count || place + CountOf(counts.own, level) <= 0) return;
+  tokens.ForEach([&](int token, int of_token) {
+    if (of_token != level) return;
+    if (place >= 0 && place < count) s.tokens[place] = token;
+    ++place;
   });
 }
 
@@ -211,13 +218,12 @@ __global__ void __launch_bounds__(kPackThreads)
   const OwnTokens own(p, segment, first, min(first + each, p.num_tokens));
   const int image_segment = FirstWithLevels(p, segment, own);
   if (image_segment != segment && blockIdx.y > 0) return;
-  int next[kNumLevels];
-  FindPlaces(own, s, next);
+  const OwnCounts counts = CountTokens(own, s);
   const TokenTile tile = FindTokenTile<BN>(s.start, of_segment);
   const int rows = max(min(kPackTokens, tile.count - first_row), 0);
   if (rows == 0 && blockIdx.y > 0) return;
   const int thread = threadIdx.x, row = thread / 16;
-  ListTokens(own, next, tile.first + first_row, rows, s.tokens);
+  ListTokens(own, counts, tile.level, tile.first + first_row, rows, s);
   __syncthreads();
   if (blockIdx.y == 0) {
     if (thread < rows) {
