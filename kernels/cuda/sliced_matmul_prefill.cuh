@@ -71,38 +71,69 @@ struct RingBarriers {
 
 struct PrefillTile {
   int segment, first_row, end_row;  // end_row: where the rows of the block or of the segment end
-  int image;                        // index of the image of its tokens
+  int image, first_of_image;        // index of the image of its tokens, and where they begin in it
   TokenTile tokens;                 // count 0: there are no more tiles
 };
 
-// The tiles, row block by row block of each segment.
+// The tiles, row block by row block of each segment, as the grid's blocks take them in turn.
 template <int BN>
-__device__ __forceinline__ PrefillTile FindTile(const SlicedProblem& p, const PrefillPlan& plan,
-                                                const int32_t* starts, int index) {
-  PrefillTile tile{};
-  int begin_row = 0, begin_block = 0;
-  for (int s = 0; s < p.num_segments; ++s) {
-    const int32_t* const start = starts + s * kStartsOfSegment;
-    const int end_row = p.segment_tiles[s] * kTileRows, end_block = plan.segment_blocks[s];
-    const int token_tiles = CountTokenTiles<BN>(start);
-    const int tiles = (end_block - begin_block) * token_tiles;
-    if (index < tiles) {
-      // Turned by one from row block to row block: a block of the grid, which takes every so many
-      // tiles, would else meet the same tokens again and again, and tiles differ in size.
-      const int of_rows = index / token_tiles, of_block = (index + of_rows) % token_tiles;
-      tile.segment = s;
-      tile.first_row = begin_row + of_rows * kPrefillRows;
-      tile.end_row = min(tile.first_row + kPrefillRows, end_row);
-      tile.image = start[kImageSegment] * plan.token_tiles + of_block;
-      tile.tokens = FindTokenTile<BN>(start, of_block);
-      return tile;
+struct PrefillTiles {
+  const SlicedProblem& p;
+  const PrefillPlan& plan;
+  const int32_t* starts;
+  int count, halved;  // of the tiles, the last that are cut in two
+
+  __device__ __forceinline__ PrefillTiles(const SlicedProblem& p, const PrefillPlan& plan,
+                                          const int32_t* starts)
+      : p(p), plan(plan), starts(starts), count(0) {
+    for (int s = 0, begin_block = 0; s < p.num_segments; ++s) {
+      count += (plan.segment_blocks[s] - begin_block) * TokenTilesOf(s);
+      begin_block = plan.segment_blocks[s];
     }
-    index -= tiles;
-    begin_row = end_row;
-    begin_block = end_block;
+    // Where the last round leaves half of the blocks idle.
+    const int blocks = static_cast<int>(gridDim.x), rest = count % blocks;
+    halved = BN > 64 && 2 * rest <= blocks ? rest : 0;
   }
-  return tile;
-}
+
+  __device__ __forceinline__ int TokenTilesOf(int segment) const {
+    return CountTokenTiles<BN>(starts + segment * kStartsOfSegment);
+  }
+
+  __device__ __forceinline__ PrefillTile At(int index) const {
+    const int of_halved = index - (count - halved);
+    if (of_halved < 0 || halved == 0) return Whole(index);
+    PrefillTile tile = Whole(count - halved + of_halved / 2);
+    tile.first_of_image = of_halved % 2 * (BN / 2);
+    tile.tokens.first += tile.first_of_image;
+    tile.tokens.count = min(max(tile.tokens.count - tile.first_of_image, 0), BN / 2);
+    return tile;
+  }
+
+  __device__ __forceinline__ PrefillTile Whole(int index) const {
+    PrefillTile tile{};
+    int begin_row = 0, begin_block = 0;
+    for (int s = 0; s < p.num_segments; ++s) {
+      const int32_t* const start = starts + s * kStartsOfSegment;
+      const int end_row = p.segment_tiles[s] * kTileRows, end_block = plan.segment_blocks[s];
+      const int token_tiles = TokenTilesOf(s), tiles = (end_block - begin_block) * token_tiles;
+      if (index < tiles) {
+        // Turned by one from row block to row block: a block of the grid, which takes every so many
+        // tiles, would else meet the same tokens again and again, and tiles differ in size.
+        const int of_rows = index / token_tiles, of_block = (index + of_rows) % token_tiles;
+        tile.segment = s;
+        tile.first_row = begin_row + of_rows * kPrefillRows;
+        tile.end_row = min(tile.first_row + kPrefillRows, end_row);
+        tile.image = start[kImageSegment] * plan.token_tiles + of_block;
+        tile.tokens = FindTokenTile<BN>(start, of_block);
+        return tile;
+      }
+      index -= tiles;
+      begin_row = end_row;
+      begin_block = end_block;
+    }
+    return tile;
+  }
+};
 
 // ---- The warpgroup that keeps the others fed: two warps bring slices, half of the row tiles each,
 // and one thread of a third brings x. With few tokens in a tile their instructions are what the
@@ -165,7 +196,8 @@ struct Feeder {
   }
 
   __device__ __forceinline__ void FeedX(const PrefillTile& tile) {
-    const uint8_t* image = plan.images + int64_t{tile.image} * 2 * p.groups * (BN * 128);
+    const uint8_t* image = plan.images + int64_t{tile.image} * 2 * p.groups * (BN * 128) +
+                           tile.first_of_image * 128;
     const uint32_t bytes = (tile.tokens.count + 7) / 8 * 8 * 128;
     for (int step = 0; step < 2 * p.groups; ++step, image += BN * 128) {
       ptx::BarrierWait(x.empty + at_x.stage * 8, at_x.parity ^ 1);
@@ -479,11 +511,12 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
     starts[threadIdx.x] = __ldcg(plan.start + threadIdx.x);
   }
   __syncthreads();
+  const PrefillTiles<BN> tiles(p, plan, starts);
   if (warp >= kConsumers * 4) {
     ptx::GiveRegisters<kFeederRegisters>();
     Feeder<BN> feeder{p, plan, ptx::SharedAddress(shared), x, w, warp % 4, lane, {}, {}};
     for (int index = blockIdx.x;; index += gridDim.x) {
-      const PrefillTile tile = FindTile<BN>(p, plan, starts, index);
+      const PrefillTile tile = tiles.At(index);
       if (tile.tokens.count == 0) return;
       feeder.Feed(tile);
     }
@@ -491,7 +524,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
     ptx::TakeRegisters<kConsumerRegisters>();
     Consumer<BN, kBf16> consumer{p, plan, shared, x, w, warp / 4, warp % 4, lane, {}, {}};
     for (int index = blockIdx.x;; index += gridDim.x) {
-      const PrefillTile tile = FindTile<BN>(p, plan, starts, index);
+      const PrefillTile tile = tiles.At(index);
       if (tile.tokens.count == 0) return;
       consumer.Run(tile);
     }
