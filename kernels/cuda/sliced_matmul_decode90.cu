@@ -99,7 +99,7 @@ bool LaunchSlicedDecode90(const SlicedMatmulLaunch& launch, const SlicedProblem&
   return TryLaunch<64, 3>(launch, problem, bf16, error) ||
          TryLaunch<32, 4>(launch, problem, bf16, error) ||
          TryLaunch<32, 3>(launch, problem, bf16, error) ||
-         TryLaunch<16, 4>(launch, problem, bf16, error) ||
+         TryLaunch<16, 5>(launch, problem, bf16, error) ||
          TryLaunch<8, 4>(launch, problem, bf16, error);
 }
 
