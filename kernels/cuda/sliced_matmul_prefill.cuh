@@ -5,8 +5,8 @@
 // turn slices into 16-bit weights in registers (range * (Q + 1/2) / 4^level + offset,
 // rounded once) and multiply them, 64 rows each, sums in registers. While one warpgroup
 // makes weights, the other's products keep the tensor cores busy.
-// A tile with few tokens is multiplied as a narrower one. Every output is one chain of products in a
-// fixed order of the columns, whatever the widths, so a token's bits do not depend on the others.
+// A tile with few tokens is multiplied as a narrower one. Every output is one chain of products in
+// a fixed order of the columns, whatever the widths, so a token's bits do not depend on the others.
 #ifndef MOBI_KERNELS_CUDA_SLICED_MATMUL_PREFILL_CUH_
 #define MOBI_KERNELS_CUDA_SLICED_MATMUL_PREFILL_CUH_
 
@@ -196,8 +196,8 @@ struct Feeder {
   }
 
   __device__ __forceinline__ void FeedX(const PrefillTile& tile) {
-    const uint8_t* image = plan.images + int64_t{tile.image} * 2 * p.groups * (BN * 128) +
-                           tile.first_of_image * 128;
+    const uint8_t* image =
+        plan.images + int64_t{tile.image} * 2 * p.groups * (BN * 128) + tile.first_of_image * 128;
     const uint32_t bytes = (tile.tokens.count + 7) / 8 * 8 * 128;
     for (int step = 0; step < 2 * p.groups; ++step, image += BN * 128) {
       ptx::BarrierWait(x.empty + at_x.stage * 8, at_x.parity ^ 1);
@@ -301,8 +301,8 @@ struct Consumer {
     return shared + Shared::kW + at_w.stage * Shared::kWStageBytes;
   }
 
-  // Their weights are in registers. All lanes arrive: racecheck does not see that a lane's reads are
-  // ordered before another lane's arrival.
+  // Their weights are in registers. All lanes arrive: racecheck does not see that a lane's reads
+  // are ordered before another lane's arrival.
   __device__ __forceinline__ void PassWeights() {
     ptx::BarrierArrive(w.empty + at_w.stage * 8);
     at_w.Next();

@@ -14,7 +14,7 @@
 
 namespace mobi::cuda {
 
-inline constexpr int kStepColumns = 64;  // a row of 128 bytes
+inline constexpr int kStepColumns = 64;               // a row of 128 bytes
 inline constexpr int kImageSegment = kNumLevels + 1;  // after the starts
 inline constexpr int kStartsOfSegment = kImageSegment + 1;
 
@@ -81,8 +81,8 @@ __device__ __forceinline__ int CountOf(uint64_t counts, int level) {
   return static_cast<int>(counts >> (16 * (level - 1)) & 0xFFFF);
 }
 
-// A thread's tokens begin .. end - 1 of one segment. Levels are read eight at a time: what they take
-// is the wait for memory.
+// A thread's tokens begin .. end - 1 of one segment. Levels are read eight at a time: what they
+// take is the wait for memory.
 struct OwnTokens {
   static constexpr int kAtOnce = 8;
   const uint8_t* levels;
