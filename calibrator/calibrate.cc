@@ -73,11 +73,12 @@ class Calibration {
  private:
   // True when all blocks of the stage were there.
   bool LoadBlocks(std::string_view stage);
-  absl::Status FitBlocks();
+  // Gives what the float model has behind its last block for the fitted windows, if it ran.
+  absl::StatusOr<Matrix> FitBlocks();
   // Leaves the block in the journal.
   absl::Status FitBlock(int layer, const BlockCalibrationOptions& options,
                         CalibrationStreams& streams);
-  absl::Status TuneBlocks();
+  absl::Status TuneBlocks(Matrix float_hidden);
   absl::Status FitLmHead();
   RouterTrainingOptions RouterTraining() const;
   absl::Status TrainRouters();
@@ -106,6 +107,11 @@ class Calibration {
   int64_t num_fit_sequences() const {
     const int64_t wanted = options_.recipe.fit_sequences;
     return wanted > 0 ? std::min(wanted, num_sequences()) : num_sequences();
+  }
+  // Tokens of a sequence that blocks are fitted on, from its start.
+  int64_t fit_positions() const {
+    const int64_t wanted = options_.recipe.fit_positions;
+    return wanted > 0 ? std::min(wanted, seq_len_) : seq_len_;
   }
   absl::Span<const int32_t> FirstSequences(int64_t count) const {
     return absl::MakeConstSpan(ids_).subspan(0, static_cast<size_t>(count * seq_len_));
@@ -136,10 +142,10 @@ bool Calibration::LoadBlocks(std::string_view stage) {
   return true;
 }
 
-absl::Status Calibration::FitBlocks() {
+absl::StatusOr<Matrix> Calibration::FitBlocks() {
   if (LoadBlocks(kFitted)) {
     progress_.Advance(model_.num_layers(), "blocks were fitted before");
-    return absl::OkStatus();
+    return Matrix();
   }
   BlockCalibrationOptions options = options_.recipe.blocks;
   options.num_threads = options_.num_threads;
@@ -147,10 +153,13 @@ absl::Status Calibration::FitBlocks() {
   options.clipping.gate_sequences = options_.recipe.routing.sequences;
   options.clipping.gate_training = RouterTraining();
   CalibrationStreams streams;
-  streams.seq_len = seq_len_;
-  const int64_t tokens = num_fit_sequences() * seq_len_;
-  streams.float_hidden = Matrix(tokens, model_.config().hidden_size);
-  model_.Embed(FirstSequences(num_fit_sequences()), streams.float_hidden);
+  streams.seq_len = fit_positions();
+  streams.float_hidden = Matrix(num_fit_sequences() * streams.seq_len, model_.config().hidden_size);
+  for (int64_t s = 0; s < num_fit_sequences(); ++s) {
+    model_.Embed(absl::MakeConstSpan(ids_).subspan(static_cast<size_t>(s * seq_len_),
+                                                   static_cast<size_t>(streams.seq_len)),
+                 MatrixView(streams.float_hidden).Rows(s * streams.seq_len, streams.seq_len));
+  }
   streams.hidden.assign(options.stream_levels.size(), streams.float_hidden);
   for (int layer = 0; layer < model_.num_layers(); ++layer) {
     const absl::Status status = FitBlock(layer, options, streams);
@@ -159,9 +168,10 @@ absl::Status Calibration::FitBlocks() {
                                                       status.message()));
     }
   }
-  // Blocks are in memory only when the streams no longer are.
+  // Blocks are in memory only when the levels' streams no longer are.
+  Matrix float_hidden = std::move(streams.float_hidden);
   streams = {};
-  if (LoadBlocks(kFitted)) return absl::OkStatus();
+  if (LoadBlocks(kFitted)) return float_hidden;
   return absl::DataLossError(absl::StrCat(options_.output_dir,
                                           ".progress: a block written there "
                                           "can no longer be read"));
@@ -186,7 +196,7 @@ absl::Status Calibration::FitBlock(int layer, const BlockCalibrationOptions& opt
   return journal_.Save(kFitted, layer, block);
 }
 
-absl::Status Calibration::TuneBlocks() {
+absl::Status Calibration::TuneBlocks(Matrix float_hidden) {
   ScaleTuningOptions options = options_.recipe.tuning;
   options.seed = options_.seed;
   options.num_threads = options_.num_threads;
@@ -204,7 +214,10 @@ absl::Status Calibration::TuneBlocks() {
         absl::StrCat("tuning step ", step + 1, "/", options.steps, " KL ", absl::SixDigits(kl)));
     return CheckInterrupt();
   };
-  MOBI_RETURN_IF_ERROR(TuneScales(model_, ids_, seq_len_, options, on_step, blocks_));
+  // The fitted windows are the first that tuning reads, if they are as long.
+  if (std::min<int64_t>(options.positions, seq_len_) != fit_positions()) float_hidden = {};
+  MOBI_RETURN_IF_ERROR(
+      TuneScales(model_, ids_, seq_len_, options, std::move(float_hidden), on_step, blocks_));
   for (int layer = 0; layer < model_.num_layers(); ++layer) {
     MOBI_RETURN_IF_ERROR(journal_.Save(kTuned, layer, blocks_[layer]));
   }
@@ -217,9 +230,9 @@ absl::Status Calibration::FitLmHead() {
   RoutingSampleOptions sampling = recipe.routing.samples;
   sampling.seed = options_.seed;
   sampling.num_threads = options_.num_threads;
-  MOBI_ASSIGN_OR_RETURN(
-      Matrix inputs,
-      QuantizedHidden(model_, blocks_, FirstSequences(num_fit_sequences()), seq_len_, sampling));
+  MOBI_ASSIGN_OR_RETURN(Matrix inputs,
+                        QuantizedHidden(model_, blocks_, FirstSequences(num_routing_sequences()),
+                                        seq_len_, sampling));
   model_.Normalise(inputs, inputs);
   BlockCalibrationOptions fit = recipe.blocks;
   fit.num_threads = options_.num_threads;
@@ -386,8 +399,8 @@ absl::Status Calibration::WriteCheckpoint() {
 
 absl::Status Calibration::Run() {
   if (!LoadBlocks(kTuned)) {
-    MOBI_RETURN_IF_ERROR(FitBlocks());
-    MOBI_RETURN_IF_ERROR(TuneBlocks());
+    MOBI_ASSIGN_OR_RETURN(Matrix float_hidden, FitBlocks());
+    MOBI_RETURN_IF_ERROR(TuneBlocks(std::move(float_hidden)));
   } else {
     progress_.Advance(model_.num_layers() + TuningUnits(), "blocks were fitted and tuned before");
   }

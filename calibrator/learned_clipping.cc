@@ -97,7 +97,7 @@ class ClippingTrainer {
                std::array<std::vector<uint8_t>, kNumLinearGroups>& levels) const;
   // One sequence; returns the squared error of its output.
   double Learn(const Matrix& input, const Matrix& target, int64_t sequence);
-  void AddGradients(int group, int level, const Matrix& d_weight);
+  void AddGradients(int group, int64_t begin, int level, const Matrix& d_weight);
   void TrainAllGates(const Matrix& input);
   // errors[first + token] of `level`: what it leaves of every segment's output.
   void MeasureErrors(int group, int level, ConstMatrixView x, int64_t first, Matrix& errors) const;
@@ -148,14 +148,15 @@ void ClippingTrainer::Forward(MatrixView hidden, BlockTrace& trace,
       hidden, trace);
 }
 
-void ClippingTrainer::AddGradients(int group, int level, const Matrix& d_weight) {
+void ClippingTrainer::AddGradients(int group, int64_t begin, int level, const Matrix& d_weight) {
   const NestedWeight& nested = block_.linear[group];
-  for (int64_t row = 0; row < nested.rows; ++row) {
+  for (int64_t r = 0; r < d_weight.rows(); ++r) {
+    const int64_t row = begin + r;
     for (int64_t g = 0; g < nested.groups(); ++g) {
       const int64_t first = g * kGroupSize;
       std::array<float, 2> by_end{};
       AddGroup(weights_.linear[group].Row(row) + first, nested.Codes(row) + first,
-               d_weight.Row(row) + first, nested.Scale(level, row, g), level, by_end.data());
+               d_weight.Row(r) + first, nested.Scale(level, row, g), level, by_end.data());
       Clip& clip = clips_[group][row * nested.groups() + g];
       for (int p = 0; p < 2; ++p) {
         const float factor = Sigmoid(clip.logit[p]);
@@ -184,7 +185,10 @@ double ClippingTrainer::Learn(const Matrix& input, const Matrix& target, int64_t
       [&](LinearGroup group, ConstMatrixView x, ConstMatrixView d_out) {
         const int g = static_cast<int>(group);
         for (int level = 1; level <= top; ++level) {
-          AddGradients(g, level, mixed_[g].WeightGradient(x, d_out, levels[g].data(), level));
+          for (int s = 0; s < mixed_[g].num_segments(); ++s) {
+            AddGradients(g, mixed_[g].SegmentBegin(s), level,
+                         mixed_[g].WeightGradient(s, x, d_out, levels[g].data(), level));
+          }
         }
       },
       hidden);

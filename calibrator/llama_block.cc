@@ -167,13 +167,26 @@ const Matrix& BlockTrace::InputOf(LinearGroup group) const {
 }
 
 void ForwardBlock(const BlockContext& context, const BlockWeights& weights, MatrixView hidden) {
-  BlockTrace trace;
-  TraceBlock(
-      context, weights,
-      [&](LinearGroup group, ConstMatrixView x, MatrixView out) {
-        MultiplyTransposed(x, weights.of(group), out);
-      },
-      hidden, trace);
+  const ModelConfig& config = context.config;
+  const int64_t tokens = hidden.rows;
+  const auto times = [&](ConstMatrixView x, LinearGroup group) {
+    Matrix out(tokens, weights.of(group).rows());
+    MultiplyTransposed(x, weights.of(group), out);
+    return out;
+  };
+  Matrix normed(tokens, hidden.cols), attention(tokens, config.attention_size());
+  RmsNorm(hidden, weights.input_norm, config.rms_norm_eps, normed);
+  Matrix qkv = times(normed, LinearGroup::kQkv);
+  Rotate(config, context.rope, context.seq_len, qkv);
+  for (int64_t first = 0; first < tokens; first += context.seq_len) {
+    CausalAttention(config, ConstMatrixView(qkv).Rows(first, context.seq_len),
+                    MatrixView(attention).Rows(first, context.seq_len));
+  }
+  MultiplyTransposed(attention, weights.of(LinearGroup::kO), hidden, 1, 1);
+  RmsNorm(hidden, weights.post_attention_norm, config.rms_norm_eps, normed);
+  Matrix activation(tokens, config.intermediate_size);
+  SwiGlu(times(normed, LinearGroup::kGateUp), activation);
+  MultiplyTransposed(activation, weights.of(LinearGroup::kDown), hidden, 1, 1);
 }
 
 void TraceBlock(const BlockContext& context, const BlockWeights& weights, LinearFn linear,

@@ -78,7 +78,8 @@ struct BlockContext {
   int64_t seq_len;
 };
 
-// hidden [tokens, hidden_size] becomes the block's output.
+// hidden [tokens, hidden_size] becomes the block's output. Bit for bit what the float stream of a
+// calibration becomes (block_calibration.h).
 void ForwardBlock(const BlockContext& context, const BlockWeights& weights, MatrixView hidden);
 // The same through `linear`, keeping a trace. Norms are those of `weights`.
 void TraceBlock(const BlockContext& context, const BlockWeights& weights, LinearFn linear,

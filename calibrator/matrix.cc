@@ -1,7 +1,9 @@
 #include "calibrator/matrix.h"
 
+#include <malloc.h>
 #include <sys/mman.h>
 
+#include <limits>
 #include <new>
 
 namespace mobi {
@@ -15,6 +17,12 @@ void* AllocateLargePages(size_t bytes) {
   // A wish: where the system has no large pages it goes on with small ones.
   if (large) madvise(memory, bytes, MADV_HUGEPAGE);
   return memory;
+}
+
+void KeepFreedMemory() {
+  mallopt(M_ARENA_MAX, 1);  // others give back what they are made of
+  mallopt(M_MMAP_THRESHOLD, 32 << 20);
+  mallopt(M_TRIM_THRESHOLD, std::numeric_limits<int>::max());
 }
 
 }  // namespace mobi

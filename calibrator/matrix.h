@@ -14,6 +14,11 @@ namespace mobi {
 // For std::free; throws std::bad_alloc.
 void* AllocateLargePages(size_t bytes);
 
+// What is freed stays with the process for the next matrix, but for pieces of more than 32 MiB:
+// steps take the same sizes again and again, and the system would clear each page every time.
+// Global to the process: call it before it has threads.
+void KeepFreedMemory();
+
 // Memory in large pages where it is large: taking it a small page at a time costs more than filling
 // it.
 template <typename T>

@@ -95,19 +95,17 @@ void MixedLinear::Backward(ConstMatrixView d_out, const uint8_t* levels, MatrixV
   }
 }
 
-Matrix MixedLinear::WeightGradient(ConstMatrixView x, ConstMatrixView d_out, const uint8_t* levels,
-                                   int level) const {
-  Matrix gradient(rows(), cols());
-  for (int s = 0; s < num_segments(); ++s) {
-    const int64_t begin = SegmentBegin(s), rows = segment_rows_[s];
-    const ConstMatrixView d_segment = d_out.Columns(begin, rows);
-    const auto tokens = TokensByLevel(levels + s * x.rows, x.rows)[level - 1];
-    const MatrixView out = MatrixView(gradient).Rows(begin, rows);
-    if (static_cast<int64_t>(tokens.size()) == x.rows) {
-      TransposedMultiply(d_segment, x, out);
-    } else if (!tokens.empty()) {
-      TransposedMultiply(GatherRows(d_segment, tokens), GatherRows(x, tokens), out);
-    }
+Matrix MixedLinear::WeightGradient(int segment, ConstMatrixView x, ConstMatrixView d_out,
+                                   const uint8_t* levels, int level) const {
+  const auto tokens = TokensByLevel(levels + segment * x.rows, x.rows)[level - 1];
+  if (tokens.empty()) return {};
+  const int64_t rows = segment_rows_[segment];
+  const ConstMatrixView d_segment = d_out.Columns(SegmentBegin(segment), rows);
+  Matrix gradient(rows, cols());
+  if (static_cast<int64_t>(tokens.size()) == x.rows) {
+    TransposedMultiply(d_segment, x, gradient);
+  } else {
+    TransposedMultiply(GatherRows(d_segment, tokens), GatherRows(x, tokens), gradient);
   }
   return gradient;
 }

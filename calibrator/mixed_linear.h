@@ -31,9 +31,10 @@ class MixedLinear {
   void Forward(ConstMatrixView x, const uint8_t* levels, MatrixView out) const;
   // d_x = d_out through the same levels.
   void Backward(ConstMatrixView d_out, const uint8_t* levels, MatrixView d_x) const;
-  // The gradient at the weights of `level`: over the tokens that read it.
-  Matrix WeightGradient(ConstMatrixView x, ConstMatrixView d_out, const uint8_t* levels,
-                        int level) const;
+  // The gradient at a segment's weights of `level`: over the tokens that read it; empty where none
+  // does.
+  Matrix WeightGradient(int segment, ConstMatrixView x, ConstMatrixView d_out,
+                        const uint8_t* levels, int level) const;
   // Takes over the level's values after a change of its pairs. Not while others read.
   void Refresh(const NestedWeight& weight, int level);
 

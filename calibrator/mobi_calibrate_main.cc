@@ -13,6 +13,7 @@
 #include "absl/strings/str_split.h"
 #include "calibrator/calibrate.h"
 #include "calibrator/linear_algebra.h"
+#include "calibrator/matrix.h"
 #include "engine/base/flags.h"
 
 ABSL_FLAG(std::string, model, "", "folder of the float model");
@@ -103,6 +104,7 @@ int main(int argc, char** argv) {
   }
   if (status.ok()) {
     mobi::RestartWithBetterBlas(argv);
+    mobi::KeepFreedMemory();
     status = mobi::Run();
   }
   if (status.ok()) return 0;

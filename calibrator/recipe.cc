@@ -47,6 +47,7 @@ void VisitRecipe(Recipe& recipe, Visitor&& visit) {
   ScaleTuningOptions& tuning = recipe.tuning;
   RoutingOptions& routing = recipe.routing;
   visit("statistics.sequences", recipe.fit_sequences, 0, 1 << 20);
+  visit("statistics.positions", recipe.fit_positions, 0, 1 << 20);
   visit("statistics.stream_levels", blocks.stream_levels, 1, kNumLevels);
   visit("statistics.float_from_level", blocks.float_from_level, 1, kNumLevels + 1);
   visit("statistics.damping", blocks.damping, 1e-8, 10);
@@ -240,6 +241,7 @@ bool BaselineRecipe(std::string_view name, Recipe& recipe) {
 Recipe PaperRecipe() {
   Recipe recipe;
   recipe.fit_sequences = 128;
+  recipe.fit_positions = 0;
   recipe.blocks.fit.base.method = BaseMethod::kClipping;
   recipe.tuning.steps = 0;
   recipe.lm_head.slices = false;

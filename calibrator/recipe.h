@@ -37,7 +37,10 @@ struct RoutingOptions {
 };
 
 struct Recipe {
-  int64_t fit_sequences = 64;  // that blocks are fitted on, of those drawn; 0: all
+  int64_t fit_sequences = 256;  // that blocks are fitted on, of those drawn; 0: all
+  // Tokens of each of them, from its start; 0: all. As many as tuning.positions, so that the float
+  // model runs once on what is fitted and tuned on.
+  int64_t fit_positions = 512;
   BlockCalibrationOptions blocks;
   ScaleTuningOptions tuning;
   LmHeadOptions lm_head;

@@ -83,7 +83,8 @@ using PairGradients = std::vector<
 class ScaleTuner {
  public:
   ScaleTuner(const FloatModel& model, absl::Span<const int32_t> ids, int64_t seq_len,
-             const ScaleTuningOptions& options, std::vector<FittedBlock>& blocks)
+             const ScaleTuningOptions& options, Matrix float_hidden,
+             std::vector<FittedBlock>& blocks)
       : model_(model),
         ids_(ids),
         seq_len_(seq_len),
@@ -93,12 +94,13 @@ class ScaleTuner {
             std::min(num_sequences_ * (seq_len / length_), int64_t{options.steps} * options.batch)),
         options_(options),
         blocks_(blocks),
-        segments_(SegmentRows(model.config())) {}
+        segments_(SegmentRows(model.config())),
+        float_hidden_(std::move(float_hidden)) {}
 
   absl::Status Run(const TuningCallback& on_step);
 
  private:
-  // The float model's answers and what tuning needs of each block.
+  // The float model's answers that are not there yet and what tuning needs of each block.
   absl::Status LoadBlocks();
   absl::Status MeasureAllocation();
   // The first window of every sequence, then the second of every one, and so on.
@@ -137,17 +139,20 @@ class ScaleTuner {
 
 absl::Status ScaleTuner::LoadBlocks() {
   const BlockContext context{model_.config(), model_.rope(), length_};
-  float_hidden_ = Matrix(num_windows_ * length_, model_.config().hidden_size);
+  const Matrix known =
+      std::exchange(float_hidden_, Matrix(num_windows_ * length_, model_.config().hidden_size));
+  std::copy_n(known.data(), std::min(known.size(), float_hidden_.size()), float_hidden_.data());
+  const int64_t num_known = std::min(known.rows() / length_, num_windows_);
   const auto window_of = [&](int64_t i) {
     return MatrixView(float_hidden_).Rows(i * length_, length_);
   };
-  for (int64_t i = 0; i < num_windows_; ++i) model_.Embed(IdsOf(i), window_of(i));
+  for (int64_t i = num_known; i < num_windows_; ++i) model_.Embed(IdsOf(i), window_of(i));
   for (int layer = 0; layer < model_.num_layers(); ++layer) {
     MOBI_ASSIGN_OR_RETURN(BlockWeights weights, model_.LoadBlock(layer));
     {
       const std::vector<DeviceCopy> copies = weights.DeviceCopies();
-      ParallelFor(options_.num_threads, num_windows_,
-                  [&](int64_t i) { ForwardBlock(context, weights, window_of(i)); });
+      ParallelFor(options_.num_threads, num_windows_ - num_known,
+                  [&](int64_t i) { ForwardBlock(context, weights, window_of(num_known + i)); });
     }
     for (Matrix& linear : weights.linear) linear = Matrix(linear.rows(), 0);
     weights_.push_back(std::move(weights));
@@ -179,17 +184,21 @@ absl::Status ScaleTuner::MeasureAllocation() {
 void ScaleTuner::AddGradients(int layer, int group, ConstMatrixView x, ConstMatrixView d_out,
                               const std::vector<uint8_t>& levels, PairGradients& gradients) const {
   const NestedWeight& weight = blocks_[layer].linear[group];
+  const MixedLinear& mixed = mixed_[layer][group];
   for (int level = 1; level <= kNumLevels; ++level) {
     if (!trained(level)) continue;
     auto& out = gradients[layer][group][level - 1];
     out.resize(weight.scales[level - 1].size());
-    const Matrix d_weight = mixed_[layer][group].WeightGradient(x, d_out, levels.data(), level);
     const int shift = kSliceBits * (kNumLevels - level);
     const float scale = 1.0f / static_cast<float>(1 << BitsOfLevel(level));
-    for (int64_t row = 0; row < weight.rows; ++row) {
-      for (int64_t g = 0; g < weight.groups(); ++g) {
-        AddGroup(weight.Codes(row) + g * kGroupSize, d_weight.Row(row) + g * kGroupSize, shift,
-                 scale, out[row * weight.groups() + g].data());
+    for (int s = 0; s < mixed.num_segments(); ++s) {
+      const Matrix d_weight = mixed.WeightGradient(s, x, d_out, levels.data(), level);
+      for (int64_t r = 0; r < d_weight.rows(); ++r) {
+        const int64_t row = mixed.SegmentBegin(s) + r;
+        for (int64_t g = 0; g < weight.groups(); ++g) {
+          AddGroup(weight.Codes(row) + g * kGroupSize, d_weight.Row(r) + g * kGroupSize, shift,
+                   scale, out[row * weight.groups() + g].data());
+        }
       }
     }
   }
@@ -332,9 +341,9 @@ double TuningGib(const ModelConfig& config, const ScaleTuningOptions& options) {
 }
 
 absl::Status TuneScales(const FloatModel& model, absl::Span<const int32_t> ids, int64_t seq_len,
-                        const ScaleTuningOptions& options, const TuningCallback& on_step,
-                        std::vector<FittedBlock>& blocks) {
-  return ScaleTuner(model, ids, seq_len, options, blocks).Run(on_step);
+                        const ScaleTuningOptions& options, Matrix float_hidden,
+                        const TuningCallback& on_step, std::vector<FittedBlock>& blocks) {
+  return ScaleTuner(model, ids, seq_len, options, std::move(float_hidden), blocks).Run(on_step);
 }
 
 }  // namespace mobi

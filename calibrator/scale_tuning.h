@@ -48,11 +48,13 @@ double TuningGib(const ModelConfig& config, const ScaleTuningOptions& options);
 // Called after each step with the mean KL per token of its batch; an error ends the tuning.
 using TuningCallback = std::function<absl::Status(int step, double kl)>;
 
-// `ids`: sequences of `seq_len` tokens, whose windows are taken in turn. Updates the pairs in
-// `blocks`.
+// `ids`: sequences of `seq_len` tokens, whose windows are taken in turn: the first of every
+// sequence, then the second of every one. `float_hidden`: what the float model has behind its last
+// block for the first of these windows, as many as somebody has run it on already. Updates the
+// pairs in `blocks`.
 absl::Status TuneScales(const FloatModel& model, absl::Span<const int32_t> ids, int64_t seq_len,
-                        const ScaleTuningOptions& options, const TuningCallback& on_step,
-                        std::vector<FittedBlock>& blocks);
+                        const ScaleTuningOptions& options, Matrix float_hidden,
+                        const TuningCallback& on_step, std::vector<FittedBlock>& blocks);
 
 }  // namespace mobi
 

@@ -30,14 +30,15 @@ class ScaleTuningTest : public FloatModelTest {
       ASSERT_TRUE(fitted.ok()) << fitted.status();
       blocks_.push_back(*std::move(fitted));
     }
+    float_hidden_ = std::move(streams.float_hidden);
   }
 
   // The blocks after tuning; every step's KL goes to `kl`.
   std::vector<FittedBlock> Tuned(const ScaleTuningOptions& options, absl::Span<const int32_t> ids,
-                                 std::vector<double>& kl) const {
+                                 std::vector<double>& kl, Matrix float_hidden = {}) const {
     std::vector<FittedBlock> blocks = blocks_;
     const absl::Status status = TuneScales(
-        *model_, ids, kSeqLen, options,
+        *model_, ids, kSeqLen, options, std::move(float_hidden),
         [&](int, double value) {
           kl.push_back(value);
           return absl::OkStatus();
@@ -49,6 +50,7 @@ class ScaleTuningTest : public FloatModelTest {
 
   std::vector<int32_t> ids_;
   std::vector<FittedBlock> blocks_;
+  Matrix float_hidden_;  // what the fit's float stream became
 };
 
 TEST_F(ScaleTuningTest, NearsTheFloatModelAndKeepsCodesAndOtherLevels) {
@@ -72,6 +74,25 @@ TEST_F(ScaleTuningTest, NearsTheFloatModelAndKeepsCodesAndOtherLevels) {
       }
     }
   }
+}
+
+// After an interruption nothing is left of the fit's float stream, and the checkpoint is the same.
+TEST_F(ScaleTuningTest, TakesTheFitsFloatStreamForWhatItWouldComputeItself) {
+  ScaleTuningOptions tuning;
+  tuning.steps = 2;
+  tuning.batch = kSequences;
+  std::vector<double> own, taken, of_wrong;
+  Tuned(tuning, ids_, own);
+  Tuned(tuning, ids_, taken, float_hidden_);
+  EXPECT_EQ(own, taken);
+  Matrix first_half(float_hidden_.rows() / 2, float_hidden_.cols());
+  std::copy_n(float_hidden_.data(), first_half.size(), first_half.data());
+  std::vector<double> half;
+  Tuned(tuning, ids_, half, first_half);
+  EXPECT_EQ(own, half);
+  first_half.Fill(0);
+  Tuned(tuning, ids_, of_wrong, std::move(first_half));
+  EXPECT_NE(own, of_wrong);
 }
 
 // The second windows of the sequences follow the first ones.
