@@ -56,6 +56,7 @@ TEST(RecipeTest, ThePapersRecipeHasAName) {
   EXPECT_EQ(json["routing"]["method"], "gates");
   EXPECT_EQ(json["lm_head"]["slices"], false);
   EXPECT_EQ(json["tuning"]["steps"], 0);
+  EXPECT_EQ(json["statistics"]["positions"], 0);
   EXPECT_EQ(RecipeToJson(*ParseRecipe(json.dump(), "config.json")), json);
 }
 
