@@ -33,20 +33,20 @@ constexpr int64_t kMinSeqLen = 32;
 // Positions of each sampled sequence whose losses the price forecast is made from.
 constexpr int64_t kForecastPositions = 64;
 // Time of the later phases beside one block's fit, for the estimate of what is left: per block, and
-// per block and sequence of a tuning step.
-constexpr double kSampleUnits = 0.2, kPriceUnits = 0.2, kTuningUnits = 0.003;
+// per block and sequence of a tuning step; for lm_head, beside a block of as many weights: it has
+// one stream, of fewer tokens.
+constexpr double kSampleUnits = 0.2, kPriceUnits = 0.1, kTuningUnits = 0.003, kLmHeadUnits = 0.25;
 
 // Stages of the journal.
 constexpr std::string_view kFitted = "fitted", kTuned = "tuned", kHeadPiece = "lm_head";
 
-// Of lm_head's fit: its weights beside a block's.
 double LmHeadUnits(const Recipe& recipe, const ModelConfig& config) {
   if (!recipe.lm_head.slices) return 0;
   int64_t block = 0;
   for (const RoutedGroup& group : RoutedGroupsOfLayer(config, 0)) {
     for (const LinearShape& linear : group.linears) block += linear.rows * linear.cols;
   }
-  return static_cast<double>(int64_t{config.vocab_size} * config.hidden_size) /
+  return kLmHeadUnits * static_cast<double>(int64_t{config.vocab_size} * config.hidden_size) /
          static_cast<double>(block);
 }
 
