@@ -166,6 +166,19 @@ const Matrix& BlockTrace::InputOf(LinearGroup group) const {
   return normed;
 }
 
+namespace {
+
+// Rotates qkv and attends within each sequence.
+void Attend(const BlockContext& context, MatrixView qkv, MatrixView out) {
+  Rotate(context.config, context.rope, context.seq_len, qkv);
+  for (int64_t first = 0; first < qkv.rows; first += context.seq_len) {
+    CausalAttention(context.config, ConstMatrixView(qkv).Rows(first, context.seq_len),
+                    out.Rows(first, context.seq_len));
+  }
+}
+
+}  // namespace
+
 void ForwardBlock(const BlockContext& context, const BlockWeights& weights, MatrixView hidden) {
   const ModelConfig& config = context.config;
   const int64_t tokens = hidden.rows;
@@ -177,11 +190,7 @@ void ForwardBlock(const BlockContext& context, const BlockWeights& weights, Matr
   Matrix normed(tokens, hidden.cols), attention(tokens, config.attention_size());
   RmsNorm(hidden, weights.input_norm, config.rms_norm_eps, normed);
   Matrix qkv = times(normed, LinearGroup::kQkv);
-  Rotate(config, context.rope, context.seq_len, qkv);
-  for (int64_t first = 0; first < tokens; first += context.seq_len) {
-    CausalAttention(config, ConstMatrixView(qkv).Rows(first, context.seq_len),
-                    MatrixView(attention).Rows(first, context.seq_len));
-  }
+  Attend(context, qkv, attention);
   MultiplyTransposed(attention, weights.of(LinearGroup::kO), hidden, 1, 1);
   RmsNorm(hidden, weights.post_attention_norm, config.rms_norm_eps, normed);
   Matrix activation(tokens, config.intermediate_size);
@@ -206,12 +215,8 @@ void TraceBlock(const BlockContext& context, const BlockWeights& weights, Linear
   RmsNorm(hidden, weights.input_norm, config.rms_norm_eps, trace.normed);
   trace.qkv = Matrix(tokens, weights.of(LinearGroup::kQkv).rows());
   linear(LinearGroup::kQkv, trace.normed, trace.qkv);
-  Rotate(config, context.rope, context.seq_len, trace.qkv);
   trace.attention = Matrix(tokens, config.attention_size());
-  for (int64_t first = 0; first < tokens; first += context.seq_len) {
-    CausalAttention(config, ConstMatrixView(trace.qkv).Rows(first, context.seq_len),
-                    MatrixView(trace.attention).Rows(first, context.seq_len));
-  }
+  Attend(context, trace.qkv, trace.attention);
   linear(LinearGroup::kO, trace.attention, delta);
   add_delta();
   copy(trace.middle);
