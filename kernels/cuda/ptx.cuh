@@ -106,10 +106,33 @@ __device__ __forceinline__ void MmaFromZero(float (&d)[4], const uint32_t* a, ui
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
 }
 
+// The same of bytes, unsigned by signed, with the sums in whole numbers: d = a b + c, every element
+// of c is `from`. Fragments: a = {(g, 4t..), (g + 8, 4t..), (g, 4t + 16..), (g + 8, 4t + 16..)},
+// b = {(k 4t.., n g), (k 4t + 16.., n g)}, d as above.
+__device__ __forceinline__ void MmaBytesFrom(uint32_t from, uint32_t (&d)[4], const uint32_t* a,
+                                             uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},"
+      "{%10,%10,%10,%10};"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(from));
+}
+
+// d += a b.
+__device__ __forceinline__ void MmaBytes(uint32_t (&d)[4], const uint32_t* a, uint32_t b0,
+                                         uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},"
+      "{%0,%1,%2,%3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 // What computes a and b is executed before what follows, by all lanes that come here.
 __device__ __forceinline__ void KeepBefore(float& a, float& b) {
   asm volatile("" : "+f"(a), "+f"(b));
 }
+
+// a is in its register before what follows.
+__device__ __forceinline__ void KeepBefore(uint32_t& a) { asm volatile("" : "+r"(a)); }
 
 // ---- Clusters of blocks.
 

@@ -31,7 +31,7 @@ bool MakePlan(const SlicedMatmulLaunch& launch, const SlicedProblem& problem, in
     const int resident = launch.clusters[kPartsLog - parts_log];
     Decode90Plan plan;
     plan.parts_log = parts_log;
-    while (2 << plan.pairs_log < std::min(problem.num_tokens, N)) ++plan.pairs_log;
+    CountTokens(std::min(problem.num_tokens, N), plan);
     const int count = CountClusters(resident, token_blocks, units);
     CutRows<W>(units, count, plan);
     const int waves = CeilDiv(token_blocks * count, resident);
@@ -63,7 +63,7 @@ bool TryLaunch(const SlicedMatmulLaunch& launch, const SlicedProblem& problem, b
                cudaError_t* error) {
   Decode90Plan plan;
   int clusters;
-  if (N > 8 && problem.num_tokens <= N / 2) return false;
+  if (N > kTileTokens && problem.num_tokens <= N / 2) return false;
   if (!MakePlan<N, W>(launch, problem, &clusters, plan)) return false;
   *error = bf16 ? LaunchKernel<N, W, true>(launch, problem, clusters, plan)
                 : LaunchKernel<N, W, false>(launch, problem, clusters, plan);
@@ -96,11 +96,13 @@ bool LaunchSlicedDecode90(const SlicedMatmulLaunch& launch, const SlicedProblem&
                           DType x_type, cudaError_t* error) {
   const bool bf16 = x_type == DType::kBF16;
   if (problem.groups < kParts || launch.clusters[kPartsLog] == 0) return false;
+  // Five warpgroups have the registers for up to 32 tokens, and few tokens need but four.
   return TryLaunch<64, 3>(launch, problem, bf16, error) ||
-         TryLaunch<32, 4>(launch, problem, bf16, error) ||
+         TryLaunch<32, 5>(launch, problem, bf16, error) ||
          TryLaunch<32, 3>(launch, problem, bf16, error) ||
          TryLaunch<16, 5>(launch, problem, bf16, error) ||
-         TryLaunch<8, 4>(launch, problem, bf16, error);
+         TryLaunch<8, 5>(launch, problem, bf16, error) ||
+         TryLaunch<4, 4>(launch, problem, bf16, error);
 }
 
 }  // namespace mobi::cuda

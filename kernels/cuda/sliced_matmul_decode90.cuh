@@ -3,13 +3,13 @@
 //
 // Work. A cluster of blocks takes a run of units of 64 rows; each block has one part of the columns
 // or a few, whose x stays in shared memory. A block's warpgroups take units and parts by turns.
-// Each warp streams its 16 rows through a ring of its own, unpacks them into fragments and
-// multiplies them by N tokens in shared memory: with its warpgroup (wgmma), or, for N <= 16, by
-// itself (mma). The parts' sums go straight into the memory of the block that adds them.
+// Each warp streams its 16 rows through a ring of its own, unpacks them into bytes and multiplies
+// them by N tokens in shared memory, by itself (mma) or with its warpgroup (wgmma). The parts' sums
+// go straight into the memory of the block that adds them.
 //
-// Sum of one output: that of sliced_matmul_decode.cuh. A chain of eight wgmma gives the bits of a
-// chain of eight mma (sliced-bench and the op tests check it), and N does not matter, so a token's
-// bits do not depend on the other tokens.
+// Sum of one output: products of bytes over a group are whole numbers and exact; the groups of a
+// part in order in fp32, each with its range and offset; the parts by SumOfParts. N does not
+// matter, so a token's bits do not depend on the other tokens.
 //
 // Order. Before the previous kernel has ended, the block prepares and asks the first slice of its
 // first rows into L2: weights do not depend on that kernel. Levels and x come after.
@@ -39,7 +39,6 @@ struct DecodeWarp90 : Decode90Ring<N, W, kBf16, kEach> {
   using Base::Finish;
   using Base::FinishAll;
   using Base::kByMma;
-  using Base::kLoadAhead;
   using Base::lane;
   using Base::LevelsOf;
   using Base::NextStretch;
@@ -53,71 +52,97 @@ struct DecodeWarp90 : Decode90Ring<N, W, kBf16, kEach> {
   using Base::stretch;
   using Base::TileOf;
   using Base::UnitOf;
-  using Base::XOperand;
-  using typename Base::OfX;
+  using typename Base::Terms;
 
-  int x_at[4];  // for mma: this lane's words of each quarter of a group
+  int x_at;  // this lane's 16 bytes of a tile of x
 
   __device__ __forceinline__ DecodeWarp90(const SlicedProblem& problem, const Decode90Plan& choices,
                                           uint8_t* memory)
       : Base(problem, choices, memory) {
     // Of no token: the last one's again, which costs shared memory no time.
-    const int token = NT == 1 ? min(lane / 4, num_tokens - 1) : lane / 4;
-#pragma unroll
-    for (int q = 0; q < 4; ++q) x_at[q] = Base::OfQuarter(token, lane % 4, q);
+    const int token = NT == 1 ? min(lane / 8, num_tokens - 1) : lane / 8;
+    x_at = (token * 8 + lane % 8) * 16;
   }
 
   // ---- Products.
 
-  // At most `pending` halves are still being multiplied. An mma's result is waited for by its use.
-  template <int pending>
-  static __device__ __forceinline__ void AwaitProducts() {
-    if constexpr (!kByMma) ptx::WgmmaWait<pending>();
+  // Sums of a group's codes times all tokens, four for each tile. Elements: this lane's token,
+  // lane % 4 of the tile: {high, low} of row lane / 4, then of row lane / 4 + 8. By mma from
+  // kWholeBits on.
+  using Sums = uint32_t[4 * NT];
+  using Codes = uint32_t[16];  // four fragments
+
+  // They are there after AwaitProducts.
+  __device__ __forceinline__ void Multiply(int group, Codes& a, Sums& d) const {
+    if constexpr (kByMma) {
+      MultiplyByMma(group, a, d);
+    } else {
+      MultiplyByWgmma(group, a, d);
+    }
   }
 
-  // d = the first or second half of a group's columns, added.
-  template <int half>
-  __device__ __forceinline__ void MultiplyHalf(float (&d)[4 * NT], const uint32_t (&a)[16],
-                                               int group) const {
-    if constexpr (kByMma) {
+  // Tiles side by side: a chain of mma waits for itself.
+  __device__ __forceinline__ void MultiplyByMma(int group, const Codes& a, Sums& d) const {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
+    for (int pair = 0; pair < 2; ++pair) {
+      uint4 x[NT];
 #pragma unroll
-        for (int j = 0; j < NT; ++j) {
-          auto& of_tile = reinterpret_cast<float(&)[4]>(d[4 * j]);
-          const uint4 x =
-              *reinterpret_cast<const uint4*>(Base::TileAt(group, j) + x_at[2 * half + i]);
-          if (half == 0 && i == 0) {
-            ptx::MmaFromZero(of_tile, a, x.x, x.y);
-          } else {
-            ptx::Mma(of_tile, a + 8 * i, x.x, x.y);
-          }
-          ptx::Mma(of_tile, a + 8 * i + 4, x.z, x.w);
+      for (int j = 0; j < NT; ++j) {
+        x[j] = *reinterpret_cast<const uint4*>(Base::TileAt(group, j) + x_at + pair * 512);
+      }
+#pragma unroll
+      for (int j = 0; j < NT; ++j) {
+        auto& of_tile = reinterpret_cast<uint32_t(&)[4]>(d[4 * j]);
+        if (pair == 0) {
+          ptx::MmaBytesFrom(kWholeBits, of_tile, a, x[j].x, x[j].y);
+        } else {
+          ptx::MmaBytes(of_tile, a + 8, x[j].x, x[j].y);
         }
       }
-      return;
-    }
-    const uint64_t b = XOperand(group, half);
-    ptx::WgmmaFence();
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      if (half == 0 && k == 0) {
-        ptx::WgmmaRegistersFromZero<N>(d, a, b);
-      } else {
-        ptx::WgmmaRegisters<N>(d, a + 4 * k, b + k * ptx::kWgmmaStep);
+      for (int j = 0; j < NT; ++j) {
+        ptx::MmaBytes(reinterpret_cast<uint32_t(&)[4]>(d[4 * j]), a + 8 * pair + 4, x[j].z, x[j].w);
       }
     }
+  }
+
+  __device__ __forceinline__ void MultiplyByWgmma(int group, Codes& a, Sums& d) const {
+#pragma unroll
+    for (uint32_t& fragment : a) ptx::KeepBefore(fragment);
+    ptx::WgmmaFence();
+    const uint64_t b = Base::XOperand(group);
+    ptx::WgmmaBytesFromZero<2 * N>(d, a, b);
+#pragma unroll
+    for (int w = 1; w < 4; ++w) ptx::WgmmaBytes<2 * N>(d, a + 4 * w, b + w * ptx::kWgmmaStep);
     ptx::WgmmaCommit();
   }
 
-  // y += range * (d + bias) + offset * sum for one output; the one order of all variants. At levels
-  // 2..4 pair.y has CodeOffset folded in, and there is no bias.
-  template <bool kBias>
-  static __device__ __forceinline__ float Promote(float y, float d, float bias, float unit,
-                                                  float sum, float2 pair) {
-    if constexpr (kBf16) d *= unit;
-    if constexpr (kBias) d += bias;
-    return fmaf(pair.x, d, fmaf(pair.y, sum, y));
+  static __device__ __forceinline__ void AwaitProducts() {
+    if constexpr (!kByMma) ptx::WgmmaWait<0>();
+  }
+
+  // A row's range and offset as they meet the products and the sum of x.
+  static __device__ __forceinline__ float2 Widen(half2 pair, float half_step) {
+    float2 wide = __half22float2(pair);
+    wide.y = fmaf(wide.x, half_step, wide.y);
+    return wide;
+  }
+
+  // 256 high + low, in steps: a whole number that is rounded once, either way.
+  static __device__ __forceinline__ float Product(uint32_t high, uint32_t low, float step) {
+    if constexpr (!kByMma) return static_cast<float>(static_cast<int>(high * 256 + low)) * step;
+    const float of_high = fmaf(__uint_as_float(high), 256 * step, -257 * kWhole * step);
+    return fmaf(__uint_as_float(low), step, of_high);
+  }
+
+  // y += a group's products with a tile; the one order of all variants.
+  __device__ __forceinline__ void Promote(const uint32_t* d, const Terms& x,
+                                          const float2 (&pairs)[2], float (&y)[2]) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float product = Product(d[2 * h], d[2 * h + 1], x.step);
+      y[h] = fmaf(pairs[h].x, product, fmaf(pairs[h].y, x.sum, y[h]));
+    }
   }
 
   // {range, offset} of row lane / 4 + 8 h, the i-th group or level of a stage.
@@ -126,70 +151,26 @@ struct DecodeWarp90 : Decode90Ring<N, W, kBf16, kEach> {
                                            (lane / 4 + 8 * h) * kPairBytes);
   }
 
-  // y += the group's products, of the tokens that `own_levels` says read this level (null: all).
-  // x has been loaded ahead.
-  template <int level>
-  __device__ __forceinline__ void PromoteAll(int g, const float (&d)[4 * NT],
-                                             const half2 (&pairs)[2], const uint8_t* own_levels,
-                                             OfX& x, float (&y)[NT][4]) const {
-    constexpr bool kBias = level == 1;
-    float2 pair[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      pair[h] = __half22float2(pairs[h]);
-      if constexpr (level > 1) pair[h].y = fmaf(pair[h].x, CodeOffset(level), pair[h].y);
-    }
-#pragma unroll
-    for (int j = 0; j < NT; ++j) {
-      const int at = kLoadAhead ? j : 0;
-      if constexpr (!kLoadAhead) this->template LoadOfX<kBias>(g, j, 0, x);
-      const float2 sum = x.sum[at], unit = x.unit[at];
-      float4 bias = make_float4(0, 0, 0, 0);
-      if constexpr (kBias) bias = x.bias[at];
-      const float to[4] = {Promote<kBias>(y[j][0], d[4 * j], bias.x, unit.x, sum.x, pair[0]),
-                           Promote<kBias>(y[j][1], d[4 * j + 1], bias.z, unit.y, sum.y, pair[0]),
-                           Promote<kBias>(y[j][2], d[4 * j + 2], bias.y, unit.x, sum.x, pair[1]),
-                           Promote<kBias>(y[j][3], d[4 * j + 3], bias.w, unit.y, sum.y, pair[1])};
-      bool own[2] = {true, true};
-      if (own_levels != nullptr) {
-        const uchar2 two = *reinterpret_cast<const uchar2*>(own_levels + 8 * j + lane % 4 * 2);
-        own[0] = two.x == level;
-        own[1] = two.y == level;
-      }
-#pragma unroll
-      for (int e = 0; e < 4; ++e) y[j][e] = own[e % 2] ? to[e] : y[j][e];
-    }
+  __device__ __forceinline__ Terms LoadTerms(int group, int tile) const {
+    const float2 v = *reinterpret_cast<const float2*>(
+        Base::TermsAt(group, tile * kTileTokens + lane % kTileTokens));
+    return {v.x, v.y};
   }
 
-  // A group in registers.
+  // The codes of the i-th group of a stage whose slices have `stride` groups each.
   template <int level>
-  struct Words {
+  __device__ __forceinline__ void Unpack(const uint8_t* from, int i, int stride, Codes& a) const {
     uint4 slices[level];
-    half2 pairs[2];
-  };
-
-  // The i-th group of a stage.
-  template <int level>
-  __device__ __forceinline__ void Take(const uint8_t* from, int i, Words<level>& words) const {
 #pragma unroll
     for (int s = 0; s < level; ++s) {
-      words.slices[s] = *reinterpret_cast<const uint4*>(
-          from + (s * GroupsPerStage(level) + i) * kTileBytes + lane * 16);
+      slices[s] = *reinterpret_cast<const uint4*>(from + (s * stride + i) * kTileBytes + lane * 16);
     }
 #pragma unroll
-    for (int h = 0; h < 2; ++h) words.pairs[h] = LoadPair(from, i, h);
-  }
-
-  // The fragments of words 2 half and 2 half + 1.
-  template <int level, int half>
-  static __device__ __forceinline__ void UnpackHalf(const uint4 (&words)[level],
-                                                    uint32_t (&a)[16]) {
+    for (int w = 0; w < 4; ++w) {
+      uint32_t words[level];
 #pragma unroll
-    for (int w = 0; w < 2; ++w) {
-      uint32_t slices[level];
-#pragma unroll
-      for (int s = 0; s < level; ++s) slices[s] = (&words[s].x)[2 * half + w];
-      Unpack<level>(slices, a + 8 * w);
+      for (int s = 0; s < level; ++s) words[s] = (&slices[s].x)[w];
+      UnpackBytes<level>(words, reinterpret_cast<uint32_t(&)[4]>(a[4 * w]));
     }
   }
 
@@ -199,38 +180,35 @@ struct DecodeWarp90 : Decode90Ring<N, W, kBf16, kEach> {
     if (kByMma && stretch.begin > 0) this->template Start<level>();
     if constexpr (level == kMixed) {
       RunMixed();
-    } else if constexpr (kByMma) {
-      RunByMma<level>();
     } else {
-      RunByWgmma<level>();
+      RunAtLevel<level>();
     }
   }
 
-  // What costs is instructions: a stage's groups are unrolled, so that addresses are constants.
+  // What costs is instructions: of few tokens, a stage's groups are unrolled, so that addresses are
+  // constants.
   template <int level>
-  __device__ __forceinline__ void RunByMma() {
+  __device__ __forceinline__ void RunAtLevel() {
     constexpr int kGroups = GroupsPerStage(level);
-    float y[NT][4] = {};
+    float y[NT][2] = {};
     for (int round = stretch.begin; round < stretch.end; ++round) {
       for (int first_of_stage = begin; first_of_stage < end; first_of_stage += kGroups) {
         const int count = min(kGroups, end - first_of_stage);
         Await();
         const uint8_t* const from = StageData();
-#pragma unroll
+#pragma unroll(NT == 1 ? kGroups : 1)
         for (int i = 0; i < kGroups; ++i) {
           if (i >= count) break;
           const int g = first_of_stage + i;
-          Words<level> words;
-          Take<level>(from, i, words);
-          OfX x;
-          this->template LoadAhead<level == 1>(g, x);
-          float d[4 * NT];
-          uint32_t a[16], b[16];
-          UnpackHalf<level, 0>(words.slices, a);
-          MultiplyHalf<0>(d, a, g);
-          UnpackHalf<level, 1>(words.slices, b);
-          MultiplyHalf<1>(d, b, g);
-          PromoteAll<level>(g, d, words.pairs, nullptr, x, y);
+          Codes a;
+          Sums d;
+          Unpack<level>(from, i, kGroups, a);
+          Multiply(g, a, d);
+          const float2 pairs[2] = {Widen(LoadPair(from, i, 0), HalfStep(level)),
+                                   Widen(LoadPair(from, i, 1), HalfStep(level))};
+          AwaitProducts();
+#pragma unroll
+          for (int j = 0; j < NT; ++j) Promote(d + 4 * j, LoadTerms(g, j), pairs, y[j]);
         }
         this->template Release<level>();
       }
@@ -238,94 +216,91 @@ struct DecodeWarp90 : Decode90Ring<N, W, kBf16, kEach> {
     }
   }
 
-  // A group's second half is unpacked while the first is multiplied, and the next group's first
-  // half while the second is.
-  template <int level>
-  __device__ __forceinline__ void RunByWgmma() {
-    constexpr int kGroups = GroupsPerStage(level);
-    float y[NT][4] = {}, d[4 * NT];
-    half2 pairs[2];  // of the group that is being multiplied
-    for (int round = stretch.begin; round < stretch.end; ++round) {
-      int i = 0;  // of the stage
-      const uint8_t* from = nullptr;
-      int before = end - 1;
-      for (int g = begin; g < end; ++g) {
-        if (i == 0) {
-          Await();
-          from = StageData();
-        }
-        Words<level> words;
-        Take<level>(from, i, words);
-        uint32_t a[16], b[16];
-        AwaitProducts<1>();  // the first half before this one has read its fragments
-        UnpackHalf<level, 0>(words.slices, a);
-        OfX x;
-        this->template LoadAhead<level == 1>(before, x);
-        AwaitProducts<0>();
-        const bool later = round > stretch.begin;
-        if (g > begin || later) PromoteAll<level>(before, d, pairs, nullptr, x, y);
-        if (g == begin && later) Finish(round - 1, y);
-        MultiplyHalf<0>(d, a, g);
-        UnpackHalf<level, 1>(words.slices, b);
-        MultiplyHalf<1>(d, b, g);
-        pairs[0] = words.pairs[0], pairs[1] = words.pairs[1];
-        before = g;
-        if (++i == kGroups || g + 1 == end) {
-          this->template Release<level>();
-          i = 0;
-        }
-      }
+  // ---- A level of its own for every token.
+
+  // Two bits for each tile: the level, less one, of this lane's token.
+  __device__ __forceinline__ uint32_t OwnLevels(const uint8_t* levels) const {
+    uint32_t own_levels = 0;
+#pragma unroll
+    for (int j = 0; j < NT; ++j) {
+      const int level = max(int{levels[j * kTileTokens + lane % kTileTokens]}, 1);
+      own_levels |= (level - 1) << (2 * j);
     }
-    AwaitProducts<0>();
-    OfX x;
-    this->template LoadAhead<level == 1>(end - 1, x);
-    PromoteAll<level>(end - 1, d, pairs, nullptr, x, y);
-    Finish(stretch.end - 1, y);
+    return own_levels;
   }
 
-  // A level of its own for every token: the codes of each level that occurs in the unit are
-  // multiplied by all tokens, and each token takes what is of its level.
+  // Slices are merged once: a lower level's codes are a higher one's, cut off. All tokens meet the
+  // levels that occur in the unit, and each takes what is of its own.
   __device__ __forceinline__ void RunMixed() {
-    float y[NT][4] = {};
+    float y[NT][2] = {};
     for (int round = stretch.begin; round < stretch.end; ++round) {
       const int unit = UnitOf(round);
       uint32_t occur = 0;
 #pragma unroll
       for (int i = 0; i < kUnitTiles; ++i) occur |= LevelsOf(TileOf(unit, i));
-      const uint8_t* const own_levels = shared + plan.levels + SegmentOf(TileOf(unit, own)) * N;
+      // So that the compiler sees no divergence, in which wgmma would wait for itself.
+      if (!kByMma) occur = __shfl_sync(~0u, occur, 0);
+      const uint32_t own_levels =
+          OwnLevels(shared + plan.levels + SegmentOf(TileOf(unit, own)) * N);
       for (int g = begin; g < end; ++g) {
         Await();
-        const uint8_t* const from = StageData();
-        if (occur & 1) MultiplyLevel<1>(from, g, own_levels, y);
-        if (occur & 2) MultiplyLevel<2>(from, g, own_levels, y);
-        if (occur & 4) MultiplyLevel<3>(from, g, own_levels, y);
-        if (occur & 8) MultiplyLevel<4>(from, g, own_levels, y);
+        MultiplyMixed(StageData(), g, occur, own_levels, y);
         this->template Release<kMixed>();
       }
       Finish(round, y);
     }
   }
 
-  template <int level>
-  __device__ __forceinline__ void MultiplyLevel(const uint8_t* from, int g,
-                                                const uint8_t* own_levels,
-                                                float (&y)[NT][4]) const {
-    uint4 words[level];
+  // Of few tokens, whose sums registers hold at once, all are promoted at the end.
+  static constexpr bool kPromoteLast = N <= 16;
+
+  __device__ __forceinline__ void MultiplyMixed(const uint8_t* from, int g, uint32_t occur,
+                                                uint32_t own_levels, float (&y)[NT][2]) const {
+    Codes a;
+    Sums of_own;
+    Unpack<kNumLevels>(from, 0, 1, a);
+    if (occur & 8) MultiplyLevel<4>(from, g, a, own_levels, of_own, y);
+    if (occur & 4) MultiplyLevel<3>(from, g, a, own_levels, of_own, y);
+    if (occur & 2) MultiplyLevel<2>(from, g, a, own_levels, of_own, y);
+    if (occur & 1) MultiplyLevel<1>(from, g, a, own_levels, of_own, y);
+    if constexpr (kPromoteLast) PromoteOwn(from, g, own_levels, of_own, y);
+  }
+
+  __device__ __forceinline__ void PromoteOwn(const uint8_t* from, int g, uint32_t own_levels,
+                                             const Sums& of_own, float (&y)[NT][2]) const {
 #pragma unroll
-    for (int s = 0; s < level; ++s) {
-      words[s] = *reinterpret_cast<const uint4*>(from + s * kTileBytes + lane * 16);
+    for (int j = 0; j < NT; ++j) {
+      const int level = own_levels >> (2 * j) & 3;  // less one
+      const float half_step = __uint_as_float((124u - 2 * level) << 23);
+      const float2 pairs[2] = {Widen(LoadPair(from, level, 0), half_step),
+                               Widen(LoadPair(from, level, 1), half_step)};
+      Promote(of_own + 4 * j, LoadTerms(g, j), pairs, y[j]);
     }
-    uint32_t a[16], b[16];
-    float d[4 * NT];
-    UnpackHalf<level, 0>(words, a);
-    MultiplyHalf<0>(d, a, g);
-    UnpackHalf<level, 1>(words, b);
-    MultiplyHalf<1>(d, b, g);
-    const half2 pairs[2] = {LoadPair(from, level - 1, 0), LoadPair(from, level - 1, 1)};
-    OfX x;
-    this->template LoadAhead<level == 1>(g, x);
-    AwaitProducts<0>();
-    PromoteAll<level>(g, d, pairs, own_levels, x, y);
+  }
+
+  template <int level>
+  __device__ __forceinline__ void MultiplyLevel(const uint8_t* from, int g, Codes& a,
+                                                uint32_t own_levels, Sums& of_own,
+                                                float (&y)[NT][2]) const {
+    Sums d;
+#pragma unroll
+    for (uint32_t& fragment : a) fragment &= BytesOfLevel(level);
+    Multiply(g, a, d);
+    AwaitProducts();
+    const float2 pairs[2] = {Widen(LoadPair(from, level - 1, 0), HalfStep(level)),
+                             Widen(LoadPair(from, level - 1, 1), HalfStep(level))};
+#pragma unroll
+    for (int j = 0; j < NT; ++j) {
+      const bool take = (own_levels >> (2 * j) & 3) == level - 1;
+      if constexpr (kPromoteLast) {
+#pragma unroll
+        for (int e = 4 * j; e < 4 * j + 4; ++e) of_own[e] = take ? d[e] : of_own[e];
+      } else {
+        float to[2] = {y[j][0], y[j][1]};
+        Promote(d + 4 * j, LoadTerms(g, j), pairs, to);
+        for (int h = 0; h < 2; ++h) y[j][h] = take ? to[h] : y[j][h];
+      }
+    }
   }
 
   // ---- All units.
@@ -383,8 +358,6 @@ __global__ void __launch_bounds__(128 * W, 1)
   self.ReadLevels();
   self.Begin();
   self.StageX(v);
-  __syncthreads();
-  self.SumX();
   __syncthreads();
   self.RunAll();
 #endif

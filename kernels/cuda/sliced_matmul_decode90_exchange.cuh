@@ -1,7 +1,7 @@
 // Exchange of the parts' sums in the decode path on compute capability 9.0, once a round. Each
 // block of the cluster adds the parts of its rows of a unit, chunks of eight. Buffers are
-// [unit of the round][buffer][part][chunk][8 x tokens], of N tokens or, where N is 8, of the pairs
-// that there are; a barrier in shared memory counts the bytes that arrive. Where memory allows,
+// [unit of the round][buffer][part][chunk][8 x tokens], of N tokens or, where N is 4, of those that
+// there are; a barrier in shared memory counts the bytes that arrive. Where memory allows,
 // every round has a buffer, and all are added at the end. Otherwise rounds take turns with two, and
 // the cluster's barrier frees them: a thread arrives at it when it has added the round before.
 #ifndef MOBI_KERNELS_CUDA_SLICED_MATMUL_DECODE90_EXCHANGE_CUH_
@@ -23,9 +23,9 @@ inline constexpr int kLog<1> = 0;
 // N tokens, W warpgroups; kEach: every round has a buffer, as the compiler sees.
 template <int N, int W, bool kEach>
 struct Decode90Exchange : Decode90Place {
-  static constexpr int NT = N / 8;
+  static constexpr int NT = N / 4;  // tiles of tokens
   static constexpr int kWarps = 4 * W;
-  static constexpr int kAddRows = NT == 1 ? 1 : N / 16;  // that a thread adds at once
+  static constexpr int kAddRows = N < 32 ? 1 : N / 16;  // that a thread adds at once
 
   // Where this lane's sums of even rounds go.
   uint32_t remote[2], remote_barrier[2];
@@ -34,8 +34,7 @@ struct Decode90Exchange : Decode90Place {
   __device__ __forceinline__ int ChunkBytes() const { return ExchangedBytes<N>(plan); }
   __device__ __forceinline__ int PartBytes() const { return ChunkBytes() << plan.parts_log; }
   __device__ __forceinline__ uint32_t SumsBarrier(int buffer, int of_slot) const {
-    return ptx::SharedAddress(shared) + plan.barriers +
-           (kWarps * kRingBarriers<N> + of_slot * plan.round_buffers + buffer) * 8;
+    return ptx::SharedAddress(shared) + plan.barriers + (of_slot * plan.round_buffers + buffer) * 8;
   }
   __device__ __forceinline__ int BufferOf(int round) const { return OneEach() ? round : round & 1; }
 
@@ -48,8 +47,9 @@ struct Decode90Exchange : Decode90Place {
     for (int h = 0; h < 2; ++h) {
       const int chunk = 2 * own + h, owner = chunk >> plan.parts_log;
       const int of_owner = chunk & ((1 << plan.parts_log) - 1);
-      remote[h] = ptx::MapToRank(to + of_owner * ChunkBytes(), owner) +
-                  (NT == 1 ? (lane / 4 << plan.pairs_log) * 8 + lane % 4 * 8 : lane * 16);
+      remote[h] =
+          ptx::MapToRank(to + of_owner * ChunkBytes(), owner) +
+          (NT == 1 ? (lane / 4 << plan.tokens_log) * 4 + lane % 4 * 4 : lane * 4 * min(NT, 4));
       remote_barrier[h] = ptx::MapToRank(SumsBarrier(0, slot), owner);
     }
   }
@@ -75,28 +75,26 @@ struct Decode90Exchange : Decode90Place {
   }
 
   // Sends the sums of a round on their way and clears them.
-  __device__ __forceinline__ void Finish(int round, float (&y)[NT][4]) const {
+  __device__ __forceinline__ void Finish(int round, float (&y)[NT][2]) const {
     if (round == 0 || !OneEach()) ptx::ClusterWait();
     const uint32_t other = BufferOf(round) * kParts * PartBytes(), bar = BufferOf(round) * 8;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
+      const uint32_t to = remote[h] + other, barrier = remote_barrier[h] + bar;
       if constexpr (NT == 1) {
-        if (lane % 4 >> plan.pairs_log == 0) {
-          ptx::StoreClusterAsync(remote[h] + other, make_float2(y[0][2 * h], y[0][2 * h + 1]),
-                                 remote_barrier[h] + bar);
-        }
+        if (lane % 4 >> plan.tokens_log == 0) ptx::StoreClusterAsync(to, y[0][h], barrier);
+      } else if constexpr (NT == 2) {
+        ptx::StoreClusterAsync(to, make_float2(y[0][h], y[1][h]), barrier);
       } else {
 #pragma unroll
-        for (int j = 0; j < NT; j += 2) {
+        for (int j = 0; j < NT; j += 4) {
           ptx::StoreClusterAsync(
-              remote[h] + other + j * 256,
-              make_float4(y[j][2 * h], y[j][2 * h + 1], y[j + 1][2 * h], y[j + 1][2 * h + 1]),
-              remote_barrier[h] + bar);
+              to + j * 128, make_float4(y[j][h], y[j + 1][h], y[j + 2][h], y[j + 3][h]), barrier);
         }
       }
     }
 #pragma unroll
-    for (int j = 0; j < NT; ++j) y[j][0] = y[j][1] = y[j][2] = y[j][3] = 0;
+    for (int j = 0; j < NT; ++j) y[j][0] = y[j][1] = 0;
     if (OneEach()) return;
     if (round > 0) Add(round - 1);
     if (round + 1 < rounds) ptx::ClusterArriveRelaxed();
@@ -126,7 +124,7 @@ struct Decode90Exchange : Decode90Place {
   // Adds the parts of this block's rows of the rounds' units and stores them: a thread has kAddRows
   // rows of a token.
   __device__ __forceinline__ void AddRounds(int first, int count) const {
-    const int tokens_log = NT == 1 ? plan.pairs_log + 1 : kLog<N>;
+    const int tokens_log = NT == 1 ? plan.tokens_log : kLog<N>;
     const int rows_log = kLog<kChunkRows / kAddRows> + plan.parts_log;
     const int round_log = tokens_log + rows_log;
 #pragma unroll 1
@@ -169,8 +167,9 @@ struct Decode90Exchange : Decode90Place {
 
   // In floats, as Finish sends them.
   __device__ __forceinline__ int PlaceInChunk(int row, int token) const {
-    if constexpr (NT == 1) return (row * 2 << plan.pairs_log) + token;
-    return token / 16 * 128 + (row * 4 + token % 8 / 2) * 4 + token / 8 % 2 * 2 + token % 2;
+    if constexpr (NT == 1) return (row << plan.tokens_log) + token;
+    constexpr int kAtOnce = NT < 4 ? NT : 4;  // tiles whose sums a lane sends together
+    return token / (4 * kAtOnce) * 128 + (row * 4 + token % 4) * kAtOnce + token / 4 % kAtOnce;
   }
 };
 

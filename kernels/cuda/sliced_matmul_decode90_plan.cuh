@@ -14,14 +14,13 @@ namespace mobi::cuda {
 
 inline constexpr int kUnitTiles = 4;  // row tiles of a unit: one for each warp of a warpgroup
 inline constexpr int kUnitRows = kUnitTiles * kTileRows;
-// Up to so many tokens are multiplied by mma, each warp for itself; more by wgmma.
+// Up to so many tokens are multiplied by mma, each warp for itself; more by wgmma, which reads x
+// once for four warps.
 template <int N>
-inline constexpr bool kUsesMma = N <= 16;
-template <int N>
-inline constexpr int kMaxStages = kUsesMma<N> ? 4 : 8;
-// Per warp, that count the bytes of bulk copies.
-template <int N>
-inline constexpr int kRingBarriers = kUsesMma<N> ? 0 : kMaxStages<N>;
+inline constexpr bool kUsesMma = N <= 8;
+inline constexpr int kTileTokens = 4;  // of a tile of 8 columns: two for each
+inline constexpr int kTileXBytes = 2 * kTileTokens * kGroupSize;  // of a group
+inline constexpr int kMaxStages = 4;
 inline constexpr int kPrefetchBytes = 4096;  // per warp, of the first slice
 inline constexpr int kChunkRows = 8;  // of a unit: what one warp's lanes hold of one row half
 
@@ -38,9 +37,10 @@ struct Decode90Plan {
   int round_buffers = 2;             // for exchanges, of each unit of a round
   bool one_each = false;             // round_buffers are as many as rounds
   int pairs_log = 0;                 // 2^pairs_log pairs of tokens are staged
+  int tokens_log = 0;                // of at most four tokens, 2^tokens_log are exchanged
   int stages = 0;                    // of a warp's ring
   // Offsets in shared memory; x is at 0.
-  int ring = 0, sums = 0, bias = 0, unit = 0, buffers = 0, levels = 0, barriers = 0;
+  int ring = 0, terms = 0, buffers = 0, levels = 0, barriers = 0;
   int head = 0, head_barriers = 0;  // of a kernel that routes by itself
   int shared_bytes = 0;
 };
@@ -68,7 +68,13 @@ void CutRows(int units, int clusters, Decode90Plan& plan) {
 // What a block gets of one part's sums of one chunk of rows.
 template <int N>
 __host__ __device__ constexpr int ExchangedBytes(const Decode90Plan& plan) {
-  return kChunkRows * 4 * (N == 8 ? 2 << plan.pairs_log : N);
+  return kChunkRows * 4 * (N == kTileTokens ? 1 << plan.tokens_log : N);
+}
+
+// How many tokens are staged and exchanged.
+inline void CountTokens(int num_tokens, Decode90Plan& plan) {
+  while (2 << plan.pairs_log < num_tokens) ++plan.pairs_log;
+  while (plan.tokens_log < 2 && 1 << plan.tokens_log < num_tokens) ++plan.tokens_log;
 }
 
 // Lays out shared memory for plan.stages; `groups` of x, `head_bytes` for a router.
@@ -81,15 +87,13 @@ void LayOut(int groups, int head_bytes, Decode90Plan& plan) {
     return begin;
   };
   const int parts = 1 << plan.parts_log;
-  take(groups * N * kGroupSize * 2);
+  take(groups * N / kTileTokens * kTileXBytes);
   plan.ring = take(4 * W * plan.stages * kWarpStageBytes);
-  plan.sums = take(groups * N * 4);
-  plan.bias = take(groups * N * 8);
-  plan.unit = take(groups * N * 4);
+  plan.terms = take(groups * N * 8);
   plan.buffers =
       take(plan.round_units * plan.round_buffers * kParts * parts * ExchangedBytes<N>(plan));
   plan.levels = take(kMaxSegments * N);
-  plan.barriers = take((4 * W * kRingBarriers<N> + plan.round_buffers * W) * 8);
+  plan.barriers = take(plan.round_buffers * W * 8);
   plan.head = take(head_bytes);
   plan.head_barriers = take(head_bytes > 0 ? 16 : 0);
   plan.shared_bytes = at;
@@ -99,7 +103,7 @@ void LayOut(int groups, int head_bytes, Decode90Plan& plan) {
 template <int N, int W>
 bool FitShared(const SlicedProblem& problem, int head_bytes, Decode90Plan& plan) {
   const int groups = ((problem.groups << plan.parts_log) + kParts - 1) / kParts;
-  for (plan.stages = kMaxStages<N>; plan.stages >= kFewestStages; --plan.stages) {
+  for (plan.stages = kMaxStages; plan.stages >= kFewestStages; --plan.stages) {
     LayOut<N, W>(groups, head_bytes, plan);
     if (plan.shared_bytes <= kSharedBytes) return true;
   }

@@ -1,14 +1,11 @@
 // The weights' way into shared memory in the decode path on compute capability 9.0: which level a
-// unit is read at, a warp's walk over its groups, and the ring of stages that it fills ahead.
-// Two rings. Where each warp works by itself (mma), by copies of 16 bytes, all lanes at once: fewer
-// instructions than one thread needs to ask for bulk copies while the others wait. Where a
-// warpgroup works together (wgmma), whose products hide them and need the registers, by bulk
-// copies.
+// unit is read at, a warp's walk over its groups, and the ring of stages that it fills ahead. By
+// copies of 16 bytes, all lanes at once: fewer instructions than one thread needs to ask for bulk
+// copies while the others wait.
 #ifndef MOBI_KERNELS_CUDA_SLICED_MATMUL_DECODE90_RING_CUH_
 #define MOBI_KERNELS_CUDA_SLICED_MATMUL_DECODE90_RING_CUH_
 
 #include <cstdint>
-#include <type_traits>
 
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/sliced_matmul_decode90_plan.cuh"
@@ -75,7 +72,7 @@ struct Decode90Walk : Decode90X<N, W, kBf16, kEach> {
   }
 
   // The next rounds whose units have one level: mostly all, but segments may differ. (Not for
-  // wgmma: in a loop over stretches the compiler finds no registers to let it overlap.)
+  // wgmma: in a loop over stretches the compiler lets it wait for itself.)
   __device__ __forceinline__ void NextStretch(int round) {
     stretch = {round, MyRounds(), LevelOf(first_unit, num_units)};
     if (!kUsesMma<N> || stretch.level != kMixed || round == MyRounds()) return;
@@ -154,7 +151,7 @@ struct Decode90Walk : Decode90X<N, W, kBf16, kEach> {
 
 // By copies of 16 bytes: a lane reads what it has copied itself, but for the ranges.
 template <int N, int W, bool kBf16, bool kEach>
-struct Decode90LaneRing : Decode90Walk<N, W, kBf16, kEach> {
+struct Decode90Ring : Decode90Walk<N, W, kBf16, kEach> {
   using Base = Decode90Walk<N, W, kBf16, kEach>;
   using Base::begin;
   using Base::end;
@@ -175,8 +172,8 @@ struct Decode90LaneRing : Decode90Walk<N, W, kBf16, kEach> {
 
   uint32_t ring;  // this lane's 16 bytes of the warp's, a shared address
 
-  __device__ __forceinline__ Decode90LaneRing(const SlicedProblem& problem,
-                                              const Decode90Plan& choices, uint8_t* memory)
+  __device__ __forceinline__ Decode90Ring(const SlicedProblem& problem, const Decode90Plan& choices,
+                                          uint8_t* memory)
       : Base(problem, choices, memory) {
     ring =
         ptx::SharedAddress(shared) + plan.ring + warp * plan.stages * kWarpStageBytes + lane * 16;
@@ -249,7 +246,7 @@ struct Decode90LaneRing : Decode90Walk<N, W, kBf16, kEach> {
 
   // The stage is here: as many later ones as the ring has may be under way.
   __device__ __forceinline__ void Await() const {
-    static_assert(kFewestStages == 2 && kMaxStages<N> == 4);
+    static_assert(kFewestStages == 2 && kMaxStages == 4);
     if (plan.stages == 2) {
       ptx::WaitCopies<1>();
     } else if (plan.stages == 3) {
@@ -268,124 +265,6 @@ struct Decode90LaneRing : Decode90Walk<N, W, kBf16, kEach> {
     Fill<level>();
   }
 };
-
-// By bulk copies; a barrier for each stage counts what has arrived.
-template <int N, int W, bool kBf16, bool kEach>
-struct Decode90BulkRing : Decode90Walk<N, W, kBf16, kEach> {
-  using Base = Decode90Walk<N, W, kBf16, kEach>;
-  using Base::begin;
-  using Base::end;
-  using Base::fill;
-  using Base::fill_stage;
-  using Base::FirstOf;
-  using Base::lane;
-  using Base::LevelsOf;
-  using Base::own;
-  using Base::p;
-  using Base::plan;
-  using Base::shared;
-  using Base::stage;
-  using Base::stretch;
-  using Base::TileOf;
-  using Base::UnitOf;
-  using Base::warp;
-  using typename Base::OfWalk;
-
-  uint32_t ring, barrier;  // this warp's, shared addresses
-  uint32_t parity = 0;     // of the barrier of `stage`
-
-  __device__ __forceinline__ Decode90BulkRing(const SlicedProblem& problem,
-                                              const Decode90Plan& choices, uint8_t* memory)
-      : Base(problem, choices, memory) {
-    ring = ptx::SharedAddress(shared) + plan.ring + warp * plan.stages * kWarpStageBytes;
-    barrier = ptx::SharedAddress(shared) + plan.barriers + warp * kMaxStages<N> * 8;
-  }
-
-  // First of all: the fence waits for what this thread has loaded.
-  __device__ __forceinline__ void InitBarriers() const {
-    if (lane < plan.stages) ptx::BarrierInit(barrier + lane * 8, 1);
-    this->InitSumsBarriers();
-    ptx::FenceBarrierInit();
-    ptx::FenceAsyncProxy();
-  }
-
-  // The i-th of the stretch.
-  template <int level>
-  __device__ __forceinline__ OfWalk StageOfWalk(int i) const {
-    constexpr int kGroups = kStageGroups<level>;
-    const int groups = end - begin, of_round = (groups + kGroups - 1) / kGroups;
-    const int rounds =
-        static_cast<int>(__fdividef(static_cast<float>(i) + 0.5f, static_cast<float>(of_round)));
-    const int passed = (i - rounds * of_round) * kGroups, round = stretch.begin + rounds;
-    return {round, groups - passed, FirstOf(round) + passed};
-  }
-
-  // Asks for the first stages of the stretch, a lane for each. All of the ring is free.
-  template <int level>
-  __device__ __forceinline__ void Start() {
-    fill_stage = stage;
-    const int from_next = lane - fill_stage;
-    const OfWalk own = StageOfWalk<level>(from_next < 0 ? from_next + plan.stages : from_next);
-    if (lane < plan.stages && own.round < stretch.end) Ask<level>(lane, own);
-    __syncwarp();
-    fill = StageOfWalk<level>(plan.stages);
-  }
-
-  // By one thread, or one for each stage.
-  template <int level>
-  __device__ __forceinline__ void Ask(int of_ring, const OfWalk& from) const {
-    constexpr int kGroups = kStageGroups<level>;
-    const int count = min(kGroups, from.left);
-    const uint32_t to = ring + of_ring * kWarpStageBytes, bar = barrier + of_ring * 8;
-    if constexpr (level != kMixed) {
-      ptx::BarrierArriveExpecting(bar, count * (level * kTileBytes + kTileScaleBytes));
-#pragma unroll
-      for (int s = 0; s < level; ++s) {
-        ptx::BulkCopy(to + s * kGroups * kTileBytes, p.slices[s] + size_t{from.at} * 32,
-                      count * kTileBytes, bar);
-      }
-      ptx::BulkCopy(to + kWarpStageScales, p.scales[level - 1] + size_t{from.at} * 4,
-                    count * kTileScaleBytes, bar);
-    } else {
-      const uint32_t levels = LevelsOf(TileOf(UnitOf(from.round), own));
-      ptx::BarrierArriveExpecting(
-          bar, (32 - __clz(levels)) * kTileBytes + __popc(levels) * kTileScaleBytes);
-#pragma unroll
-      for (int s = 0; s < kNumSlices; ++s) {
-        if (levels >> s == 0) break;
-        ptx::BulkCopy(to + s * kTileBytes, p.slices[s] + size_t{from.at} * 32, kTileBytes, bar);
-        if ((levels >> s & 1) == 0) continue;
-        ptx::BulkCopy(to + kWarpStageScales + s * kTileScaleBytes,
-                      p.scales[s] + size_t{from.at} * 4, kTileScaleBytes, bar);
-      }
-    }
-  }
-
-  // Asks for the next stage.
-  template <int level>
-  __device__ __forceinline__ void Fill() {
-    if (fill.round >= stretch.end) return;
-    if (lane == 0) Ask<level>(fill_stage, fill);
-    this->template PassFilled<level>();
-  }
-
-  __device__ __forceinline__ void Await() const { ptx::BarrierWait(barrier + stage * 8, parity); }
-
-  // The stage has been read: it is filled again.
-  template <int level>
-  __device__ __forceinline__ void Release() {
-    __syncwarp();
-    if (++stage == plan.stages) {
-      stage = 0;
-      parity ^= 1;
-    }
-    Fill<level>();
-  }
-};
-
-template <int N, int W, bool kBf16, bool kEach>
-using Decode90Ring = std::conditional_t<kUsesMma<N>, Decode90LaneRing<N, W, kBf16, kEach>,
-                                        Decode90BulkRing<N, W, kBf16, kEach>>;
 
 }  // namespace mobi::cuda
 

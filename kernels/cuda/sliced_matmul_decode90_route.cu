@@ -18,7 +18,7 @@ bool MakePlan(const SlicedMatmulLaunch& launch, const SlicedProblem& problem, in
               Decode90Plan& plan) {
   using Head = RouteHead<N, 128 * W>;
   constexpr int kHeadBytes = sizeof(Head);
-  while (2 << plan.pairs_log < problem.num_tokens) ++plan.pairs_log;
+  CountTokens(problem.num_tokens, plan);
   const int units = (problem.rows + kUnitRows - 1) / kUnitRows;
   *clusters = std::min(launch.clusters[kPartsLog], units);
   CutRows<W>(units, *clusters, plan);
@@ -55,8 +55,9 @@ cudaError_t Launch(const SlicedMatmulLaunch& launch, const SlicedProblem& proble
 bool Fits(const SlicedMatmulLaunch& launch, const SlicedProblem& problem) {
   Decode90Plan plan;
   int clusters;
-  return problem.num_tokens <= 8 ? MakePlan<8, 5>(launch, problem, &clusters, plan)
-                                 : MakePlan<16, 5>(launch, problem, &clusters, plan);
+  if (problem.num_tokens <= 4) return MakePlan<4, 4>(launch, problem, &clusters, plan);
+  if (problem.num_tokens <= 8) return MakePlan<8, 5>(launch, problem, &clusters, plan);
+  return MakePlan<16, 5>(launch, problem, &clusters, plan);
 }
 
 bool SourceFits(const RouteSource& source, int64_t cols) {
@@ -97,8 +98,9 @@ cudaError_t LaunchRoutedMatmul(const SlicedMatmulLaunch& launch, const RoutedMat
   problem.residual = op.residual.data, problem.residual_stride = op.residual.stride;
   const RouteParams route =
       StateRoute(op.source, op.x, op.linear, op.batch, op.levels, op.levels_stride);
-  return problem.num_tokens <= 8 ? Launch<8, 5>(launch, problem, route)
-                                 : Launch<16, 5>(launch, problem, route);
+  if (problem.num_tokens <= 4) return Launch<4, 4>(launch, problem, route);
+  if (problem.num_tokens <= 8) return Launch<8, 5>(launch, problem, route);
+  return Launch<16, 5>(launch, problem, route);
 }
 
 }  // namespace mobi::cuda

@@ -58,7 +58,7 @@ __device__ __forceinline__ void SetLevel(const RouteParams&, int token, int segm
 
 // Of at most eight tokens, every round has a buffer for its exchange.
 template <int N>
-inline constexpr bool kRoutedEach = N == 8;
+inline constexpr bool kRoutedEach = N <= 8;
 
 template <int N, int W>
 struct RoutedDecode90 : DecodeWarp90<N, W, false, kRoutedEach<N>> {
@@ -66,10 +66,8 @@ struct RoutedDecode90 : DecodeWarp90<N, W, false, kRoutedEach<N>> {
   using Base::first_group;
   using Base::GroupOf;
   using Base::Items;
-  using Base::kByMma;
   using Base::kWarps;
   using Base::lane;
-  using Base::NT;
   using Base::num_tokens;
   using Base::plan;
   using Base::rank;
@@ -78,6 +76,7 @@ struct RoutedDecode90 : DecodeWarp90<N, W, false, kRoutedEach<N>> {
   using Base::warp;
   using Head = RouteHead<N, 128 * W>;
   static constexpr int kThreads = 128 * W;
+  static constexpr int kEights = (N + 7) / 8;       // of tokens, W1's operand
   static constexpr int kW1Warps = 2 * kRouteWarps;  // a warp has one of two tiles of hidden units
   static_assert(kWarps >= kW1Warps && kMaxScores <= kW1Warps);
 
@@ -270,7 +269,7 @@ struct RoutedDecode90 : DecodeWarp90<N, W, false, kRoutedEach<N>> {
     uint4 first;
     uint4 up;  // SwiGLU's second half
   };
-  // An item is a group of two tokens, half a warp each, as in WriteX.
+  // An item is a group of two tokens, half a warp each, as in StageX.
   __device__ __forceinline__ Eight ReadSource(int item) const {
     Eight v{};
     const int token = TokenOf(item), col = GroupOf(item) * kGroupSize + lane % 16 * 8;
@@ -312,7 +311,7 @@ struct RoutedDecode90 : DecodeWarp90<N, W, false, kRoutedEach<N>> {
       }
     }
     const uint4 made = make_uint4(words[0], words[1], words[2], words[3]);
-    this->WriteChunk(GroupOf(item), token, made);
+    *this->OwnHalves(GroupOf(item), token) = made;
     if (r.input != RouteInput::kPlain && Speaks()) {
       *reinterpret_cast<uint4*>(static_cast<half*>(r.x) + token * r.x_stride +
                                 first_group * kGroupSize + col) = made;
@@ -333,7 +332,6 @@ struct RoutedDecode90 : DecodeWarp90<N, W, false, kRoutedEach<N>> {
     }
     StoreBatch(own);
     ptx::WaitCopies<0>();
-    if constexpr (!kByMma) ptx::FenceAsyncProxy();
   }
 
   // ---- The router.
@@ -343,8 +341,8 @@ struct RoutedDecode90 : DecodeWarp90<N, W, false, kRoutedEach<N>> {
   __device__ __forceinline__ void MultiplyW1() {
     if (warp >= kW1Warps) return;
     const int g = lane / 4, t = lane % 4, of_hidden = warp / kRouteWarps, w = warp % kRouteWarps;
-    float sums[NT][4] = {}, squares[NT] = {};
-    // Where WriteChunk put this lane's eight columns of the first turn.
+    float sums[kEights][4] = {}, squares[kEights] = {};
+    // Where Make put this lane's eight columns of the first turn.
     const int group = w / 4, of_token = w % 4;
     constexpr int kTurnGroups = kTurnCols / kGroupSize;
 #pragma unroll
@@ -359,21 +357,24 @@ struct RoutedDecode90 : DecodeWarp90<N, W, false, kRoutedEach<N>> {
       const uint32_t low[4] = {a[0].x, a[1].x, a[0].y, a[1].y};
       const uint32_t high[4] = {a[0].z, a[1].z, a[0].w, a[1].w};
 #pragma unroll
-      for (int n = 0; n < NT; ++n) {
-        const uint4 x = this->LoadQuarter(group + turn * kTurnGroups, t, n, g, of_token);
+      for (int n = 0; n < kEights; ++n) {
+        const uint4 x =
+            *this->HalvesAt(group + turn * kTurnGroups, min(8 * n + g, N - 1), t, of_token);
         if (of_hidden == 0) AddSquares(x, squares[n]);
         Mma<half>(sums[n], low, x.x, x.y);
         Mma<half>(sums[n], high, x.z, x.w);
       }
     }
 #pragma unroll
-    for (int n = 0; n < NT; ++n) {
+    for (int n = 0; n < kEights; ++n) {
       const float of_token = QuadSum(squares[n]);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        s.sums[w][8 * n + 2 * t + i % 2][16 * of_hidden + g + 8 * (i / 2)] = sums[n][i];
+        const int token = 8 * n + 2 * t + i % 2;
+        if (token < N) s.sums[w][token][16 * of_hidden + g + 8 * (i / 2)] = sums[n][i];
       }
-      if (of_hidden == 0 && t == 0) s.sums[w][8 * n + g][Head::kSumWidth - 1] = of_token;
+      if (of_hidden == 0 && t == 0 && 8 * n + g < N)
+        s.sums[w][8 * n + g][Head::kSumWidth - 1] = of_token;
     }
   }
 
@@ -475,7 +476,7 @@ __global__ void __launch_bounds__(128 * W, 1)
   self.MultiplyW1();
   __syncthreads();
   self.Share();
-  self.SumX();  // while the sums are under way
+  self.EncodeHalves();  // while the sums are under way
   self.Choose();
   self.Begin();
   self.Publish();

@@ -1,9 +1,13 @@
-// x of the decode path on compute capability 9.0, in shared memory: fp16 in the order of the
-// fragments' columns, with the sums over each group that biases and offsets meet.
-// Layout: [group][half of 64 columns][token] of 128 bytes, swizzled for wgmma; for mma (N <= 16)
-// [group][eight tokens][quarter of 32 columns][token][lane of the token] of 16 bytes, so that a
-// lane has its words of a quarter in one load. Half a warp carries one group of one token, 16 bytes
-// a lane.
+// x of the decode path on compute capability 9.0, in shared memory as whole numbers: of each token
+// and group x = step (256 high + low), high and low signed bytes, step the least power of two that
+// lets its largest element fit. So x is rounded by at most 2^-15 of that element, as the CPU
+// backend does; products with codes are exact sums of whole numbers, in any order. A token is two
+// columns of an mma, one of high and one of low bytes.
+// Layout for mma: [group][tile of four tokens][words 0 and 1, 2 and 3][token][high, low][lane t] of
+// 16 bytes: each word's two registers of the operand, so that a lane has four words in two loads.
+// For wgmma: [group][token][high, low] of 128 bytes, [word][register][lane t], swizzled. Where a
+// router needs the halves first, a token has them in the same bytes: see HalvesAt. Half a warp
+// carries one group of one token, 16 bytes a lane.
 #ifndef MOBI_KERNELS_CUDA_SLICED_MATMUL_DECODE90_X_CUH_
 #define MOBI_KERNELS_CUDA_SLICED_MATMUL_DECODE90_X_CUH_
 
@@ -13,11 +17,19 @@
 
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/sliced_matmul_decode90_exchange.cuh"
-#include "kernels/cuda/sliced_matmul_stage.cuh"
 #include "kernels/cuda/sliced_matmul_unpack.cuh"
 #include "kernels/cuda/wgmma.cuh"
 
 namespace mobi::cuda {
+
+// A whole number s, |s| < 2^22, added to these bits makes a float of 1.5 * 2^23 + s: sums of
+// products start from it and need no conversion.
+inline constexpr uint32_t kWholeBits = 0x4B400000u;
+inline constexpr float kWhole = 12582912.0f;
+static_assert(255 * 128 * kGroupSize < 1 << 22);
+
+// Larger elements than 2^110 (bf16) count as not finite: sums times their step would not be.
+inline constexpr int kMostExponent = 127 + 109;
 
 template <int N, int W, bool kBf16, bool kEach>
 struct Decode90X : Decode90Exchange<N, W, kEach> {
@@ -34,6 +46,8 @@ struct Decode90X : Decode90Exchange<N, W, kEach> {
   using Base::plan;
   using Base::shared;
   using Base::warp;
+
+  // ---- From memory.
 
   // A batch of half a warp's loads: item = group and pair of tokens, first, first + kWarps, ...
   static constexpr int kBatch = 4;
@@ -60,154 +74,146 @@ struct Decode90X : Decode90Exchange<N, W, kEach> {
     }
   }
 
-  __device__ __forceinline__ void WriteX(int first, uint4 (&v)[kBatch]) const {
-#pragma unroll
-    for (int u = 0; u < kBatch; ++u) {
-      const int item = first + u * kWarps, group = GroupOf(item), token = TokenOf(item);
-      if (item >= Items()) break;
-      float unit = 1;
-      if constexpr (kBf16) v[u] = ScaledHalves(v[u], unit);
-      if (token >= num_tokens) continue;
-      WriteChunk(group, token, v[u]);
-      if (kBf16 && lane % 16 == 0) {
-        reinterpret_cast<float*>(shared + plan.unit)[group * N + token] = unit;
-      }
-    }
-  }
-
-  static constexpr bool kByMma = kUsesMma<N>;
-
-  // In the layout for mma: eight tokens of a group.
-  __device__ __forceinline__ uint8_t* TileAt(int group, int tile) const {
-    return shared + (group * NT + tile) * 2048;
-  }
-  // Therein four words of a token's quarter: the lanes of a warp that read one quarter meet
-  // different banks, and so do those that read four.
-  static __device__ __forceinline__ int OfQuarter(int token, int t, int quarter) {
-    return quarter * 512 + token * 64 + ((t ^ quarter) << 4);
-  }
-
-  // Eight halves: columns 8 (lane % 16) .. of the group.
-  __device__ __forceinline__ void WriteChunk(int group, int token, const uint4& v) const {
-    const int column = lane % 16, word = lane % 4, t = column / 4;
-    if constexpr (kByMma) {
-      *reinterpret_cast<uint4*>(TileAt(group, token / 8) + OfQuarter(token % 8, t, word)) = v;
-      return;
-    }
-    uint8_t* const row = shared + (2 * group + word / 2) * (N * 128) + token * 128 + t * 4;
-    const int chunk = word % 2 * 4, swizzle = token % 8;
-    *reinterpret_cast<uint32_t*>(row + ((chunk ^ swizzle) << 4)) = v.x;
-    *reinterpret_cast<uint32_t*>(row + (((chunk + 1) ^ swizzle) << 4)) = v.y;
-    *reinterpret_cast<uint32_t*>(row + (((chunk + 2) ^ swizzle) << 4)) = v.z;
-    *reinterpret_cast<uint32_t*>(row + (((chunk + 3) ^ swizzle) << 4)) = v.w;
-  }
-
   // v: the first batch, asked for already.
   __device__ __forceinline__ void StageX(uint4 (&v)[kBatch]) const {
     for (int first = warp; first < Items(); first += kBatch * kWarps) {
       if (first != warp) ReadX(first, v);
-      WriteX(first, v);
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        const int item = first + u * kWarps;
+        if (item >= Items()) break;
+        Encode(GroupOf(item), TokenOf(item), v[u]);
+      }
     }
     if constexpr (!kByMma) ptx::FenceAsyncProxy();
   }
 
-  // The four words, of a quarter of a group, of tile `tile`'s token `token` and its lane `t`: low
-  // and high words of two steps of 16 columns.
-  __device__ __forceinline__ uint4 LoadQuarter(int group, int quarter, int tile, int token,
-                                               int t) const {
-    if constexpr (kByMma) {
-      return *reinterpret_cast<const uint4*>(TileAt(group, tile) + OfQuarter(token, t, quarter));
-    }
-    const uint8_t* const row =
-        shared + (2 * group + quarter / 2) * (N * 128) + tile * 1024 + token * 128 + t * 4;
-    const auto at = [&](int i) {
-      return *reinterpret_cast<const uint32_t*>(row + ((quarter % 2 * 4 + i ^ token) << 4));
-    };
-    return make_uint4(at(0), at(1), at(2), at(3));
-  }
+  // ---- Whole numbers.
 
-  __device__ __forceinline__ uint64_t XOperand(int group, int half) const {
-    return ptx::WgmmaOperand(ptx::SharedAddress(shared) + (2 * group + half) * (N * 128));
-  }
-
-  // By mma: rows 0 and 1 of the weight operand are level 1's half step less its biases (rows g and
-  // g + 8), row 2 is ones. A warp takes one group of eight tokens at a time.
-  __device__ __forceinline__ void SumX() const {
-    const int row = lane / 4;
-    uint32_t a[2][4] = {};
-#pragma unroll
-    for (int pair = 0; pair < 4; ++pair) {
-      float value = row == 2 ? 1.0f : 0.0f;
-      if (row == 0) value = 0.125f - LevelOneBias(pair, 0);
-      if (row == 1) value = 0.125f - LevelOneBias(pair, 1);
-      const half2 both = __float2half2_rn(value);
-      a[pair / 2][pair % 2 * 2] = *reinterpret_cast<const uint32_t*>(&both);
-    }
-    const int tiles = (num_tokens + 7) / 8;
-    for (int item = warp; item < block_groups * NT; item += kWarps) {
-      const int g = item / NT, j = item % NT;
-      if (j >= tiles) continue;
-      float d[4];
-#pragma unroll
-      for (int q = 0; q < 4; ++q) {
-        const uint4 x = LoadQuarter(g, q, j, row, lane % 4);
-        if (q == 0) {
-          ptx::MmaFromZero(d, a[0], x.x, x.y);
-        } else {
-          ptx::Mma(d, a[0], x.x, x.y);
-        }
-        ptx::Mma(d, a[1], x.z, x.w);
-      }
-      ptx::KeepBefore(d[0], d[1]);  // an mma must not move into the branch of some lanes
-      if (row <= 2) {
-        const int at = g * N + 8 * j + lane % 4 * 2;
-        const float2 unit = LoadUnit(g, j);
-        float* const to = reinterpret_cast<float*>(shared + (row < 2 ? plan.bias : plan.sums)) +
-                          (row < 2 ? 2 * at + row : at);
-        to[0] = d[0] * unit.x;
-        to[row < 2 ? 2 : 1] = d[1] * unit.y;
-      }
-      __syncwarp();
-    }
-  }
-
-  // Of tokens 2t, 2t + 1 of tile j.
-  __device__ __forceinline__ float2 LoadSums(int g, int j) const {
-    return *reinterpret_cast<const float2*>(shared + plan.sums +
-                                            (g * N + 8 * j + lane % 4 * 2) * 4);
-  }
-  // {row g, row g + 8} of the first, then of the second.
-  __device__ __forceinline__ float4 LoadBias(int g, int j) const {
-    return *reinterpret_cast<const float4*>(shared + plan.bias +
-                                            (g * N + 8 * j + lane % 4 * 2) * 8);
-  }
-  __device__ __forceinline__ float2 LoadUnit(int g, int j) const {
-    if constexpr (!kBf16) return make_float2(1, 1);
-    return *reinterpret_cast<const float2*>(shared + plan.unit +
-                                            (g * N + 8 * j + lane % 4 * 2) * 4);
-  }
-
-  // What promotion needs of x for one group. Few tokens' are loaded before the products are
-  // awaited; many would take too many registers, so they are loaded one by one.
-  static constexpr bool kLoadAhead = N <= 16;
-  struct OfX {
-    float2 sum[kLoadAhead ? NT : 1], unit[kLoadAhead ? NT : 1];
-    float4 bias[kLoadAhead ? NT : 1];
+  // Of a token's group: what one of its products with a code of 256 levels counts, and the sum of
+  // x.
+  struct Terms {
+    float step, sum;
   };
 
-  template <bool kBias>
-  __device__ __forceinline__ void LoadOfX(int g, int j, int to, OfX& x) const {
-    x.sum[to] = LoadSums(g, j);
-    x.unit[to] = LoadUnit(g, j);
-    if constexpr (kBias) x.bias[to] = LoadBias(g, j);
+  static constexpr bool kByMma = kUsesMma<N>;
+
+  __device__ __forceinline__ uint8_t* TileAt(int group, int tile) const {
+    return shared + (group * NT + tile) * kTileXBytes;
+  }
+  // A token's two pieces of 128 bytes.
+  static constexpr int kPieceStride = kByMma ? 512 : 128;
+  __device__ __forceinline__ uint8_t* TokenAt(int group, int token) const {
+    return TileAt(group, token / kTileTokens) + token % kTileTokens * (kByMma ? 128 : 256);
+  }
+  __device__ __forceinline__ uint64_t XOperand(int group) const {
+    return ptx::WgmmaOperand(ptx::SharedAddress(TileAt(group, 0)));
+  }
+  __device__ __forceinline__ Terms* TermsAt(int group, int token) const {
+    return reinterpret_cast<Terms*>(shared + plan.terms) + group * N + token;
   }
 
-  template <bool kBias>
-  __device__ __forceinline__ void LoadAhead(int g, OfX& x) const {
-    if constexpr (kLoadAhead) {
-#pragma unroll
-      for (int j = 0; j < NT; ++j) LoadOfX<kBias>(g, j, j, x);
+  static __device__ __forceinline__ float2 Floats(uint32_t pair) {
+    if constexpr (kBf16) {
+      return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));
     }
+    return __half22float2(*reinterpret_cast<const half2*>(&pair));
+  }
+
+  // The exponent (biased) of the largest magnitude among half a warp's, such that 32639 steps of
+  // 2^-14 of it hold that magnitude. 255: not all are finite.
+  static __device__ __forceinline__ int LargestExponent(const uint32_t (&words)[4]) {
+    constexpr float kRoom = 1.004f;  // more than 2^15 / 32639
+    uint32_t largest = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) largest = __vmaxu2(largest, words[i] & 0x7FFF7FFFu);
+#pragma unroll
+    for (int offset = 8; offset > 0; offset /= 2) {
+      largest = __vmaxu2(largest, __shfl_xor_sync(~0u, largest, offset));
+    }
+    const float2 both = Floats(largest);
+    const uint32_t bits = max(__float_as_uint(both.x * kRoom), __float_as_uint(both.y * kRoom));
+    return max(static_cast<int>(bits >> 23), 40);
+  }
+
+  // Eight elements, columns 8 (lane % 16) .. of the group. All lanes come here.
+  __device__ __forceinline__ void Encode(int group, int token, const uint4& v) const {
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+    const int exponent = LargestExponent(words);
+    const float inverse = __uint_as_float(static_cast<uint32_t>(268 - exponent) << 23);
+    // 256 high + low + 128, in the low 16 bits of each.
+    constexpr float kCentre = kWhole + 128;
+    uint32_t value[8];
+    int sum = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 pair = Floats(words[i]);
+      value[2 * i] = __float_as_uint(fmaf(pair.x, inverse, kCentre));
+      value[2 * i + 1] = __float_as_uint(fmaf(pair.y, inverse, kCentre));
+      sum += static_cast<int>(value[2 * i] + value[2 * i + 1] - 2 * (kWholeBits + 128));
+    }
+#pragma unroll
+    for (int offset = 8; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+    if (token >= num_tokens) return;
+
+    uint32_t high[2], low[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const auto of_byte = [&](int k) { return value[ByteColumn(4 * i + k)]; };
+      const uint32_t first = __byte_perm(of_byte(0), of_byte(1), 0x5140);
+      const uint32_t second = __byte_perm(of_byte(2), of_byte(3), 0x5140);
+      low[i] = __byte_perm(first, second, 0x5410) ^ 0x80808080u;
+      high[i] = __byte_perm(first, second, 0x7632);
+    }
+    WriteBytes(TokenAt(group, token), token, high, low);
+    if (lane % 16 != 0) return;
+    const float step = __uint_as_float(static_cast<uint32_t>(exponent - 14) << 23);
+    const float of_product = exponent > kMostExponent ? __uint_as_float(0x7FFFFFFFu) : step / 256;
+    *reinterpret_cast<float2*>(TermsAt(group, token)) =
+        make_float2(of_product, step * static_cast<float>(sum));
+  }
+
+  __device__ __forceinline__ void WriteBytes(uint8_t* to, int token, const uint32_t (&high)[2],
+                                             const uint32_t (&low)[2]) const {
+    const int word = lane % 4, t = lane % 16 / 4;
+    if constexpr (kByMma) {
+      to += word / 2 * kPieceStride + t * 16 + word % 2 * 8;
+      *reinterpret_cast<uint2*>(to) = make_uint2(high[0], high[1]);
+      *reinterpret_cast<uint2*>(to + 64) = make_uint2(low[0], low[1]);
+      return;
+    }
+    to += t * 4;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int chunk = 2 * word + i, swizzle = token % 4 * 2;
+      *reinterpret_cast<uint32_t*>(to + ((chunk ^ swizzle) << 4)) = high[i];
+      *reinterpret_cast<uint32_t*>(to + 128 + ((chunk ^ (swizzle + 1)) << 4)) = low[i];
+    }
+  }
+
+  // ---- Halves, before they are encoded.
+
+  // 16 bytes: the eight columns of a word of lane t. Lanes that read a quarter of 32 columns, or
+  // one lane t of all quarters, meet different banks.
+  __device__ __forceinline__ uint4* HalvesAt(int group, int token, int word, int t) const {
+    const int of_tile = token % kTileTokens;
+    return reinterpret_cast<uint4*>(TokenAt(group, token) + word / 2 * kPieceStride +
+                                    ((word ^ of_tile) % 2 << 6) +
+                                    ((t ^ (word >> 1) ^ (of_tile & 2)) << 4));
+  }
+  __device__ __forceinline__ uint4* OwnHalves(int group, int token) const {
+    return HalvesAt(group, token, lane % 4, lane % 16 / 4);
+  }
+
+  // Each token's group in place, by the half warp that reads it.
+  __device__ __forceinline__ void EncodeHalves() const {
+    for (int item = warp; item < Items(); item += kWarps) {
+      const int group = GroupOf(item), token = TokenOf(item);
+      const uint4 v = *OwnHalves(group, min(token, N - 1));
+      __syncwarp();
+      Encode(group, token, v);
+    }
+    if constexpr (!kByMma) ptx::FenceAsyncProxy();
   }
 };
 

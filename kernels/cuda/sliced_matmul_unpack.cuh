@@ -132,6 +132,56 @@ __host__ __device__ __forceinline__ void Unpack(const uint32_t (&slices)[level],
   }
 }
 
+// ---- Bytes: operand fragments of mma.m16n8k32, one of 16 rows x 32 columns for each word. A byte
+// is the code's place among 256: 256 Q / 4^level, exactly.
+
+// With this the weight is range * (byte / 256 + HalfStep) + offset.
+constexpr float HalfStep(int level) { return 0.5f / static_cast<float>(1 << (kSliceBits * level)); }
+
+// The column, of the lane's eight of a word, of the i-th byte of its two registers of the operand:
+// 2, 6, 3, 7 and 0, 4, 1, 5. Rows g and g + 8 have them alike once a word's bytes have changed
+// places.
+__host__ __device__ constexpr int ByteColumn(int i) {
+  return i % 2 * 4 + (i < 4) * 2 + i / 2 % 2;
+}
+
+__host__ __device__ __forceinline__ uint32_t SwapBytes(uint32_t word) {
+#ifdef __CUDA_ARCH__
+  return __byte_perm(word, 0, 0x2301);
+#else
+  return (word & 0x00FF00FFu) << 8 | (word >> 8 & 0x00FF00FFu);
+#endif
+}
+
+__host__ __device__ __forceinline__ void OrderBytes(const CodeWords& c, uint32_t (&a)[4]) {
+  a[0] = c.la, a[1] = c.hb, a[2] = SwapBytes(c.lb), a[3] = c.ha;
+}
+
+// All weights of one word of each slice.
+template <int level>
+__host__ __device__ __forceinline__ void UnpackBytes(const uint32_t (&slices)[level],
+                                                     uint32_t (&a)[4]) {
+  const uint32_t s0 = slices[0];
+  if constexpr (level == 1) {
+    constexpr uint32_t kTop = 0xC0C0C0C0u;
+    OrderBytes({s0 & kTop, s0 << 4 & kTop, s0 << 2 & kTop, s0 << 6 & kTop}, a);
+  } else if constexpr (level == 2) {
+    constexpr uint32_t kTop = 0xF0F0F0F0u;
+    const uint32_t h = Select(s0, slices[1] >> 2, 0xCCCCCCCCu);
+    const uint32_t l = Select(s0 << 2, slices[1], 0xCCCCCCCCu);
+    OrderBytes({h & kTop, h << 4 & kTop, l & kTop, l << 4 & kTop}, a);
+  } else if constexpr (level == 3) {
+    OrderBytes(MergeSlices(s0, slices[1], slices[2], 0), a);
+  } else {
+    OrderBytes(MergeSlices(s0, slices[1], slices[2], slices[3]), a);
+  }
+}
+
+// The bytes of a lower level, of a higher one's.
+__host__ __device__ constexpr uint32_t BytesOfLevel(int level) {
+  return 0x01010101u * (0xFFu << (8 - kSliceBits * level) & 0xFFu);
+}
+
 }  // namespace mobi::cuda
 
 #endif  // MOBI_KERNELS_CUDA_SLICED_MATMUL_UNPACK_CUH_

@@ -101,11 +101,11 @@ TEST_P(BackendMatmul, SlicedSumsExactlyInsideAGroup) {
 // A token with an input that is not finite has no finite result, and its neighbours keep theirs.
 TEST_P(BackendMatmul, SlicedShowsInputsThatAreNotFinite) {
   if (activations() != DType::kF32) GTEST_SKIP() << "inputs are floats of 16 bits all the way";
-  const int64_t cols = kGroupSize * 3;
-  const SlicedWeight weight = OnDevice(RandomWeight({64}, cols));
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   for (const float bad : {std::numeric_limits<float>::quiet_NaN(), kInfinity, -kInfinity}) {
-    for (const int tokens : {1, 6}) {
+    for (const int tokens : {1, 6, 13, 50}) {
+      const int64_t cols = kGroupSize * Uniform(3, 9);
+      const SlicedWeight weight = OnDevice(RandomWeight({64}, cols));
       Matrix x = Normal(activations(), tokens, cols);
       const int bad_token = Uniform(0, tokens - 1);
       const std::vector<uint8_t> levels = RandomLevels(tokens);
@@ -121,6 +121,34 @@ TEST_P(BackendMatmul, SlicedShowsInputsThatAreNotFinite) {
           }
         }
       }
+    }
+  }
+}
+
+// Inputs are rounded by their group's largest: neither a few large ones nor their size may cost the
+// others their part.
+TEST_P(BackendMatmul, SlicedTakesInputsOfAnySize) {
+  const bool wide = activations() != DType::kF16;
+  const float large = activations() == DType::kF32 ? 10 : 30;
+  Tolerance tolerance = ToleranceOf(Op::kSlicedMatmul, activations());
+  tolerance.scaled *= 4;  // the largest of a group are not 3, but 12 times the rms
+  for (const float size : {wide ? 1e-30f : 1e-5f, 1e-3f, wide ? 1e28f : 10.0f}) {
+    for (const int tokens : {1, 7, 40}) {
+      const int64_t cols = kGroupSize * Uniform(8, 12);
+      const HostWeight weight = RandomWeight({64}, cols);
+      Matrix x = Normal(activations(), tokens, cols);
+      for (int t = 0; t < tokens; ++t) {
+        for (int64_t c = 0; c < cols; ++c) {
+          x.set(t, c, x.at(t, c) * size * (c % 97 == 5 ? large : 1));
+        }
+      }
+      const std::vector<uint8_t> levels = RandomLevels(tokens);
+      const Matrix expected = Matrix::Poisoned(DType::kF32, tokens, weight.view.rows);
+      reference::SlicedMatmul(x.view(), weight.view, levels.data(), tokens, expected.view());
+      const Tensor out = OnDevice(Matrix::Poisoned(DType::kF32, tokens, weight.view.rows));
+      backend().SlicedMatmul(OnDevice(x), OnDevice(weight), OnDevice(levels), tokens, out);
+      ExpectClose(ToHost(out), expected, tolerance,
+                  std::to_string(tokens) + " tokens of size " + std::to_string(size));
     }
   }
 }
