@@ -20,7 +20,7 @@ template <int N>
 inline constexpr bool kUsesMma = N <= 8;
 inline constexpr int kTileTokens = 4;  // of a tile of 8 columns: two for each
 inline constexpr int kTileXBytes = 2 * kTileTokens * kGroupSize;  // of a group
-inline constexpr int kMaxStages = 4;
+inline constexpr int kStages = 2;  // of a warp's ring: more are slower, the first fill is longer
 inline constexpr int kPrefetchBytes = 4096;  // per warp, of the first slice
 inline constexpr int kChunkRows = 8;  // of a unit: what one warp's lanes hold of one row half
 
@@ -38,7 +38,6 @@ struct Decode90Plan {
   bool one_each = false;             // round_buffers are as many as rounds
   int pairs_log = 0;                 // 2^pairs_log pairs of tokens are staged
   int tokens_log = 0;                // of at most four tokens, 2^tokens_log are exchanged
-  int stages = 0;                    // of a warp's ring
   // Offsets in shared memory; x is at 0.
   int ring = 0, terms = 0, buffers = 0, levels = 0, barriers = 0;
   int head = 0, head_barriers = 0;  // of a kernel that routes by itself
@@ -46,7 +45,6 @@ struct Decode90Plan {
 };
 
 inline constexpr int kSharedBytes = 227 * 1024;  // of a block that has a multiprocessor for itself
-inline constexpr int kFewestStages = 2;
 
 // ---- Host side.
 
@@ -77,7 +75,7 @@ inline void CountTokens(int num_tokens, Decode90Plan& plan) {
   while (plan.tokens_log < 2 && 1 << plan.tokens_log < num_tokens) ++plan.tokens_log;
 }
 
-// Lays out shared memory for plan.stages; `groups` of x, `head_bytes` for a router.
+// Lays out shared memory; `groups` of x, `head_bytes` for a router.
 template <int N, int W>
 void LayOut(int groups, int head_bytes, Decode90Plan& plan) {
   int at = 0;
@@ -88,7 +86,7 @@ void LayOut(int groups, int head_bytes, Decode90Plan& plan) {
   };
   const int parts = 1 << plan.parts_log;
   take(groups * N / kTileTokens * kTileXBytes);
-  plan.ring = take(4 * W * plan.stages * kWarpStageBytes);
+  plan.ring = take(4 * W * kStages * kWarpStageBytes);
   plan.terms = take(groups * N * 8);
   plan.buffers =
       take(plan.round_units * plan.round_buffers * kParts * parts * ExchangedBytes<N>(plan));
@@ -99,15 +97,12 @@ void LayOut(int groups, int head_bytes, Decode90Plan& plan) {
   plan.shared_bytes = at;
 }
 
-// As many stages as fit; false: not even the fewest do.
+// False: it does not fit.
 template <int N, int W>
 bool FitShared(const SlicedProblem& problem, int head_bytes, Decode90Plan& plan) {
   const int groups = ((problem.groups << plan.parts_log) + kParts - 1) / kParts;
-  for (plan.stages = kMaxStages; plan.stages >= kFewestStages; --plan.stages) {
-    LayOut<N, W>(groups, head_bytes, plan);
-    if (plan.shared_bytes <= kSharedBytes) return true;
-  }
-  return false;
+  LayOut<N, W>(groups, head_bytes, plan);
+  return plan.shared_bytes <= kSharedBytes;
 }
 
 // Of a launch in clusters of 2^(kPartsLog - plan.parts_log) blocks; attributes: two.

@@ -19,9 +19,9 @@ inline constexpr int kMixed = 0;
 template <int level>
 inline constexpr int kStageGroups = level == kMixed ? 1 : GroupsPerStage(level);
 
-// Levels, and where a warp is in its walk.
+// Levels, and where a warp is in its walk through its units' groups.
 template <int N, int W, bool kBf16, bool kEach>
-struct Decode90Walk : Decode90X<N, W, kBf16, kEach> {
+struct Decode90Ring : Decode90X<N, W, kBf16, kEach> {
   using Base = Decode90X<N, W, kBf16, kEach>;
   using Base::begin;
   using Base::end;
@@ -32,6 +32,7 @@ struct Decode90Walk : Decode90X<N, W, kBf16, kEach> {
   using Base::MyRounds;
   using Base::num_tokens;
   using Base::num_units;
+  using Base::own;
   using Base::p;
   using Base::plan;
   using Base::SegmentOf;
@@ -53,11 +54,15 @@ struct Decode90Walk : Decode90X<N, W, kBf16, kEach> {
 
   uint32_t present = 0;  // 4 bits per segment: levels that occur among the tokens
   Stretch stretch;
-  OfWalk fill;  // what is asked for next, and into
-  int fill_stage = 0;
-  int stage = 0;  // whose groups are multiplied next
+  OfWalk fill;    // what is asked for next
+  int stage = 0;  // an offset in the warp's ring
+  uint32_t ring;  // this lane's 16 bytes of it, a shared address
 
-  using Base::Base;
+  __device__ __forceinline__ Decode90Ring(const SlicedProblem& problem, const Decode90Plan& choices,
+                                          uint8_t* memory)
+      : Base(problem, choices, memory) {
+    ring = ptx::SharedAddress(shared) + plan.ring + warp * kStages * kWarpStageBytes + lane * 16;
+  }
 
   __device__ __forceinline__ uint32_t LevelsOf(int tile) const {
     return (present >> (4 * SegmentOf(tile))) & 15;
@@ -134,49 +139,10 @@ struct Decode90Walk : Decode90X<N, W, kBf16, kEach> {
 
   // ---- The ring.
 
+  // The stage whose groups are multiplied next. A lane reads what it has copied itself, but for the
+  // ranges.
   __device__ __forceinline__ const uint8_t* StageData() const {
-    return shared + plan.ring + (warp * plan.stages + stage) * kWarpStageBytes;
-  }
-
-  // After the last fill.
-  template <int level>
-  __device__ __forceinline__ void PassFilled() {
-    const int count = min(kStageGroups<level>, fill.left);
-    fill_stage = fill_stage + 1 == plan.stages ? 0 : fill_stage + 1;
-    fill.at += count;
-    fill.left -= count;
-    if (fill.left == 0) fill = {fill.round + 1, end - begin, FirstOf(fill.round + 1)};
-  }
-};
-
-// By copies of 16 bytes: a lane reads what it has copied itself, but for the ranges.
-template <int N, int W, bool kBf16, bool kEach>
-struct Decode90Ring : Decode90Walk<N, W, kBf16, kEach> {
-  using Base = Decode90Walk<N, W, kBf16, kEach>;
-  using Base::begin;
-  using Base::end;
-  using Base::fill;
-  using Base::fill_stage;
-  using Base::FirstOf;
-  using Base::lane;
-  using Base::LevelsOf;
-  using Base::own;
-  using Base::p;
-  using Base::plan;
-  using Base::shared;
-  using Base::stage;
-  using Base::stretch;
-  using Base::TileOf;
-  using Base::UnitOf;
-  using Base::warp;
-
-  uint32_t ring;  // this lane's 16 bytes of the warp's, a shared address
-
-  __device__ __forceinline__ Decode90Ring(const SlicedProblem& problem, const Decode90Plan& choices,
-                                          uint8_t* memory)
-      : Base(problem, choices, memory) {
-    ring =
-        ptx::SharedAddress(shared) + plan.ring + warp * plan.stages * kWarpStageBytes + lane * 16;
+    return shared + plan.ring + warp * kStages * kWarpStageBytes + stage;
   }
 
   // First of all: the fence waits for what this thread has loaded.
@@ -189,17 +155,22 @@ struct Decode90Ring : Decode90Walk<N, W, kBf16, kEach> {
   template <int level>
   __device__ __forceinline__ void Start() {
     fill = {stretch.begin, end - begin, FirstOf(stretch.begin)};
-    fill_stage = stage;
 #pragma unroll 1
-    for (int i = 0; i < plan.stages; ++i) Fill<level>();
+    for (int i = 0; i < kStages; ++i) {
+      Fill<level>();
+      stage ^= kWarpStageBytes;
+    }
   }
 
-  // Asks for the next stage. Await counts the calls.
+  // Asks for what follows, in place of `stage`. Await counts the calls.
   template <int level>
   __device__ __forceinline__ void Fill() {
     if (fill.round < stretch.end) {
-      Ask<level>(min(kStageGroups<level>, fill.left));
-      this->template PassFilled<level>();
+      const int count = min(kStageGroups<level>, fill.left);
+      Ask<level>(count);
+      fill.at += count;
+      fill.left -= count;
+      if (fill.left == 0) fill = {fill.round + 1, end - begin, FirstOf(fill.round + 1)};
     }
     ptx::CommitCopies();
   }
@@ -207,21 +178,19 @@ struct Decode90Ring : Decode90Walk<N, W, kBf16, kEach> {
   template <int level>
   __device__ __forceinline__ void Ask(int count) const {
     constexpr int kGroups = kStageGroups<level>;
-    const uint32_t to = ring + fill_stage * kWarpStageBytes;
+    const uint32_t to = ring + stage;
     if constexpr (level != kMixed) {
 #pragma unroll
       for (int s = 0; s < level; ++s) AskSlice<kGroups>(s, to + s * kGroups * kTileBytes, count);
       AskRanges(level, to + kWarpStageScales, count);
       return;
     }
-    const uint32_t levels = LevelsOf(TileOf(UnitOf(fill.round), own));
+    const int highest = 32 - __clz(LevelsOf(TileOf(UnitOf(fill.round), own)));
 #pragma unroll
     for (int s = 0; s < kNumSlices; ++s) {
-      if (levels >> s == 0) break;
+      if (s >= highest) break;
       AskSlice<1>(s, to + s * kTileBytes, 1);
-      if ((levels >> s & 1) != 0) {
-        AskRanges(s + 1, to + kWarpStageScales + s * kTileScaleBytes, 1);
-      }
+      AskRanges(s + 1, to + kWarpStageScales + s * kTileScaleBytes, 1);
     }
   }
 
@@ -244,16 +213,9 @@ struct Decode90Ring : Decode90Walk<N, W, kBf16, kEach> {
     ptx::CopyAsync16(to, p.scales[level - 1] + size_t{fill.at} * 4 + lane);
   }
 
-  // The stage is here: as many later ones as the ring has may be under way.
+  // The stage is here: the other may be under way.
   __device__ __forceinline__ void Await() const {
-    static_assert(kFewestStages == 2 && kMaxStages == 4);
-    if (plan.stages == 2) {
-      ptx::WaitCopies<1>();
-    } else if (plan.stages == 3) {
-      ptx::WaitCopies<2>();
-    } else {
-      ptx::WaitCopies<3>();
-    }
+    ptx::WaitCopies<kStages - 1>();
     __syncwarp();
   }
 
@@ -261,8 +223,8 @@ struct Decode90Ring : Decode90Walk<N, W, kBf16, kEach> {
   template <int level>
   __device__ __forceinline__ void Release() {
     __syncwarp();
-    stage = stage + 1 == plan.stages ? 0 : stage + 1;
     Fill<level>();
+    stage ^= kWarpStageBytes;
   }
 };
 

@@ -31,7 +31,7 @@ bool MakePlan(const SlicedMatmulLaunch& launch, const SlicedProblem& problem, in
     fits = FitShared<N, W>(problem, kHeadBytes, plan);
   }
   // Of W1 before the ring is used: RoutedDecode90::Later.
-  static_assert(kFewestStages * 4 * W * kWarpStageBytes >=
+  static_assert(kStages * 4 * W * kWarpStageBytes >=
                 (kMaxTurns - kHeldTurns) * 2 * 2 * kRouteWarps * 32 * 16);
   plan.levels = plan.head + static_cast<int>(offsetof(Head, levels));
   return fits;

@@ -30,6 +30,8 @@ static_assert(255 * 128 * kGroupSize < 1 << 22);
 
 // Larger elements than 2^110 (bf16) count as not finite: sums times their step would not be.
 inline constexpr int kMostExponent = 127 + 109;
+// The least whose step / 256 is a normal float.
+inline constexpr int kLeastExponent = 23;
 
 template <int N, int W, bool kBf16, bool kEach>
 struct Decode90X : Decode90Exchange<N, W, kEach> {
@@ -133,7 +135,7 @@ struct Decode90X : Decode90Exchange<N, W, kEach> {
     }
     const float2 both = Floats(largest);
     const uint32_t bits = max(__float_as_uint(both.x * kRoom), __float_as_uint(both.y * kRoom));
-    return max(static_cast<int>(bits >> 23), 40);
+    return max(static_cast<int>(bits >> 23), kLeastExponent);
   }
 
   // Eight elements, columns 8 (lane % 16) .. of the group. All lanes come here.

@@ -41,6 +41,8 @@ int64_t RowsOf(const Linear& linear) {
   return rows;
 }
 
+constexpr float kWarmUpMs = 50;  // clocks rise
+
 // Median microseconds of a graph of what `body` enqueues.
 double TimeGraph(cudaStream_t stream, int replays, const std::function<void()>& body) {
   cudaGraph_t graph;
@@ -53,14 +55,16 @@ double TimeGraph(cudaStream_t stream, int replays, const std::function<void()>& 
   CHECK_CUDA(cudaEventCreate(&begin));
   CHECK_CUDA(cudaEventCreate(&end));
   std::vector<float> times;
-  for (int i = 0; i < replays + 3; ++i) {
+  float warm_ms = 0;
+  while (std::ssize(times) < replays) {
     CHECK_CUDA(cudaEventRecord(begin, stream));
     CHECK_CUDA(cudaGraphLaunch(exec, stream));
     CHECK_CUDA(cudaEventRecord(end, stream));
     CHECK_CUDA(cudaEventSynchronize(end));
     float ms;
     CHECK_CUDA(cudaEventElapsedTime(&ms, begin, end));
-    if (i >= 3) times.push_back(ms * 1000);
+    if (warm_ms >= kWarmUpMs) times.push_back(ms * 1000);
+    warm_ms += ms;
   }
   CHECK_CUDA(cudaEventDestroy(begin));
   CHECK_CUDA(cudaEventDestroy(end));
