@@ -378,18 +378,25 @@ struct RoutedDecode90 : DecodeWarp90<N, W, false, kRoutedEach<N>> {
     }
   }
 
-  // Every block of the cluster gets every block's sums.
+  // Every block of the cluster gets every block's sums. Of few tokens, each to a thread of its own;
+  // of many, a sum is added once and goes to all.
   __device__ __forceinline__ void Share() const {
+    constexpr int kReceivers = N > 4 ? kRouteRanks : 1;  // of one thread
+    constexpr int kSenders = kRouteRanks / kReceivers;
     const int values = num_tokens * Head::kSumWidth;
 #pragma unroll 1
-    for (int e = tid; e < values * kRouteRanks; e += kThreads) {
-      const int to = e % kRouteRanks, token = e / kRouteRanks / Head::kSumWidth;
-      const int at = e / kRouteRanks % Head::kSumWidth;
+    for (int e = tid; e < values * kSenders; e += kThreads) {
+      const int token = e / kSenders / Head::kSumWidth, at = e / kSenders % Head::kSumWidth;
       float sum = 0;
 #pragma unroll
       for (int w = 0; w < kRouteWarps; ++w) sum += s.sums[w][token][at];
-      ptx::StoreClusterAsync(ptx::MapToRank(ptx::SharedAddress(&s.partials[rank][token][at]), to),
-                             sum, ptx::MapToRank(SumsArrive(), to));
+      const uint32_t to = ptx::SharedAddress(&s.partials[rank][token][at]);
+#pragma unroll
+      for (int i = 0; i < kReceivers; ++i) {
+        const int receiver = e % kSenders * kReceivers + i;
+        ptx::StoreClusterAsync(ptx::MapToRank(to, receiver), sum,
+                               ptx::MapToRank(SumsArrive(), receiver));
+      }
     }
   }
 
