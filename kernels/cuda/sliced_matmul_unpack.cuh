@@ -141,9 +141,7 @@ constexpr float HalfStep(int level) { return 0.5f / static_cast<float>(1 << (kSl
 // The column, of the lane's eight of a word, of the i-th byte of its two registers of the operand:
 // 2, 6, 3, 7 and 0, 4, 1, 5. Rows g and g + 8 have them alike once a word's bytes have changed
 // places.
-__host__ __device__ constexpr int ByteColumn(int i) {
-  return i % 2 * 4 + (i < 4) * 2 + i / 2 % 2;
-}
+__host__ __device__ constexpr int ByteColumn(int i) { return i % 2 * 4 + (i < 4) * 2 + i / 2 % 2; }
 
 __host__ __device__ __forceinline__ uint32_t SwapBytes(uint32_t word) {
 #ifdef __CUDA_ARCH__
