@@ -1,13 +1,14 @@
-// x of the decode path on compute capability 9.0, in shared memory as whole numbers: of each token
-// and group x = step (256 high + low), high and low signed bytes, step the least power of two that
-// lets its largest element fit. So x is rounded by about 2^-15 of that element at most, much as the
-// CPU backend does; products with codes are exact sums of whole numbers, in any order. A token is
-// two columns of an mma, one of high and one of low bytes. Layout for mma: [group][tile of four
-// tokens][words 0 and 1, 2 and 3][token][high, low][lane t] of 16 bytes: each word's two registers
-// of the operand, so that a lane has four words in two loads. For wgmma: [group][token][high, low]
-// of 128 bytes, [word][register][lane t], swizzled. Where a router needs the halves first, a token
-// has them in the same bytes: see HalvesAt. Half a warp carries one group of one token, 16 bytes a
-// lane.
+// x of the decode path on compute capability 9.0, in shared memory as whole numbers, much as the
+// CPU backend has it: of each token and group x = step (256 high + low), high and low signed bytes,
+// step the least power of two that lets its largest element fit, so that x is rounded by about
+// 2^-15 of that element at most. Products with codes are exact sums of whole numbers, in any order.
+// A token is two columns of an mma, one of high and one of low bytes.
+//
+// Layout for mma: [group][tile of four tokens][words 0 and 1, 2 and 3][token][high, low][lane t] of
+// 16 bytes: each word's two registers of the operand, so that a lane has four words in two loads.
+// For wgmma: [group][token][high, low] of 128 bytes, [word][register][lane t], swizzled. Where a
+// router needs the halves first, a token has them in the same bytes: see HalvesAt. Half a warp
+// carries one group of one token, 16 bytes a lane.
 #ifndef MOBI_KERNELS_CUDA_SLICED_MATMUL_DECODE90_X_CUH_
 #define MOBI_KERNELS_CUDA_SLICED_MATMUL_DECODE90_X_CUH_
 
