@@ -88,7 +88,8 @@ struct DecodeWarp90 : Decode90Ring<N, W, kBf16, kEach> {
       uint4 x[NT];
 #pragma unroll
       for (int j = 0; j < NT; ++j) {
-        x[j] = *reinterpret_cast<const uint4*>(Base::TileAt(group, j) + x_at + pair * 512);
+        x[j] = *reinterpret_cast<const uint4*>(Base::TileAt(group, j) + x_at +
+                                               pair * Base::kPieceStride);
       }
 #pragma unroll
       for (int j = 0; j < NT; ++j) {

@@ -1,6 +1,6 @@
 // wgmma with the weights in registers, one wrapper each, written out because operands are registers
-// one by one: the fragment of a warp is that of mma.m16n8k16 for its 16 of the 64 rows. Generated
-// text; see wgmma.cuh for fences, waits and the description of b.
+// one by one: the fragment of a warp is that of mma.m16n8k16, of bytes that of m16n8k32, for its 16
+// of the 64 rows. Generated text; see wgmma.cuh for fences, waits and the description of b.
 #ifndef MOBI_KERNELS_CUDA_WGMMA_REGISTERS_CUH_
 #define MOBI_KERNELS_CUDA_WGMMA_REGISTERS_CUH_
 
