@@ -118,8 +118,7 @@ void BlockPass::AdvanceSequence(LinearGroup group, int64_t stream, int64_t seque
     case LinearGroup::kO: {
       Matrix qkv(length, weight->rows());
       MultiplyTransposed(InputOf(stream, sequence), *weight, qkv);
-      Rotate(config_, rope_, length, qkv);
-      CausalAttention(config_, qkv, out);
+      Attend({config_, rope_, length}, qkv, out);
       break;
     }
     case LinearGroup::kGateUp:

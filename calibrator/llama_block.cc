@@ -74,8 +74,12 @@ void RmsNormBackward(ConstMatrixView x, const std::vector<float>& weight, float 
   }
 }
 
+namespace {
+
+// Rotates q and k of qkv [tokens, (heads + 2 kv_heads) head_dim] in place, each sequence from
+// position 0. `direction` -1 turns back.
 void Rotate(const ModelConfig& config, const RopeValues& rope, int64_t seq_len, MatrixView qkv,
-            float direction) {
+            float direction = 1) {
   const int64_t half = config.head_dim / 2;
   for (int64_t t = 0; t < qkv.rows; ++t) {
     const float* cos = rope.cos.data() + t % seq_len * half;
@@ -91,6 +95,7 @@ void Rotate(const ModelConfig& config, const RopeValues& rope, int64_t seq_len, 
   }
 }
 
+// Causal attention of one sequence; qkv is rotated already, out [tokens, heads * head_dim].
 void CausalAttention(const ModelConfig& config, ConstMatrixView qkv, MatrixView out) {
   const int64_t tokens = qkv.rows, dim = config.head_dim;
   Matrix scores(std::min(kQueryBlock, tokens), tokens);
@@ -139,6 +144,8 @@ void CausalAttentionBackward(const ModelConfig& config, ConstMatrixView qkv, Con
   }
 }
 
+}  // namespace
+
 void SwiGlu(ConstMatrixView gate_up, MatrixView out) {
   for (int64_t i = 0; i < gate_up.rows; ++i) {
     SiluTimes(gate_up.Row(i), gate_up.Row(i) + out.cols, out.Row(i), out.cols);
@@ -166,9 +173,6 @@ const Matrix& BlockTrace::InputOf(LinearGroup group) const {
   return normed;
 }
 
-namespace {
-
-// Rotates qkv and attends within each sequence.
 void Attend(const BlockContext& context, MatrixView qkv, MatrixView out) {
   Rotate(context.config, context.rope, context.seq_len, qkv);
   for (int64_t first = 0; first < qkv.rows; first += context.seq_len) {
@@ -176,8 +180,6 @@ void Attend(const BlockContext& context, MatrixView qkv, MatrixView out) {
                     out.Rows(first, context.seq_len));
   }
 }
-
-}  // namespace
 
 void ForwardBlock(const BlockContext& context, const BlockWeights& weights, MatrixView hidden) {
   const ModelConfig& config = context.config;

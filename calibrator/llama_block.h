@@ -37,16 +37,6 @@ void RmsNorm(ConstMatrixView x, const std::vector<float>& weight, float eps, Mat
 void RmsNormBackward(ConstMatrixView x, const std::vector<float>& weight, float eps,
                      ConstMatrixView d_out, MatrixView d_x);
 
-// Rotates q and k of qkv [tokens, (heads + 2 kv_heads) head_dim] in place, each sequence from
-// position 0. `direction` -1 turns back.
-void Rotate(const ModelConfig& config, const RopeValues& rope, int64_t seq_len, MatrixView qkv,
-            float direction = 1);
-
-// Causal attention of one sequence; qkv is rotated already, out [tokens, heads * head_dim].
-void CausalAttention(const ModelConfig& config, ConstMatrixView qkv, MatrixView out);
-void CausalAttentionBackward(const ModelConfig& config, ConstMatrixView qkv, ConstMatrixView d_out,
-                             MatrixView d_qkv);
-
 // out = silu(gate) * up;  gate_up [tokens, 2 intermediate].
 void SwiGlu(ConstMatrixView gate_up, MatrixView out);
 void SwiGluBackward(ConstMatrixView gate_up, ConstMatrixView d_out, MatrixView d_gate_up);
@@ -78,6 +68,8 @@ struct BlockContext {
   int64_t seq_len;
 };
 
+// out = attention within each sequence; qkv is rotated.
+void Attend(const BlockContext& context, MatrixView qkv, MatrixView out);
 // hidden [tokens, hidden_size] becomes the block's output. Bit for bit what the float stream of a
 // calibration becomes (block_calibration.h).
 void ForwardBlock(const BlockContext& context, const BlockWeights& weights, MatrixView hidden);
