@@ -55,7 +55,7 @@ struct Decode90Ring : Decode90X<N, W, kBf16, kEach> {
   uint32_t present = 0;  // 4 bits per segment: levels that occur among the tokens
   Stretch stretch;
   OfWalk fill;    // what is asked for next
-  int stage = 0;  // an offset in the warp's ring
+  int stage = 0;  // an offset in the warp's ring, of either one
   uint32_t ring;  // this lane's 16 bytes of it, a shared address
 
   __device__ __forceinline__ Decode90Ring(const SlicedProblem& problem, const Decode90Plan& choices,
@@ -138,6 +138,8 @@ struct Decode90Ring : Decode90X<N, W, kBf16, kEach> {
   }
 
   // ---- The ring.
+
+  static_assert(kStages == 2);  // `stage` changes to the other
 
   // The stage whose groups are multiplied next. A lane reads what it has copied itself, but for the
   // ranges.
