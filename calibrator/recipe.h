@@ -29,8 +29,8 @@ struct RoutingOptions {
   GateOptions gates;
   int64_t sequences = 16;      // that routers learn from; together they are the coherent batch
   int64_t price_tokens = 256;  // of each sequence, run once per price
-  double byte_share = 0.04;    // router bytes beside what a token reads at `byte_share_bits`
-  double byte_share_bits = 3;
+  double byte_share = 0.04;    // router bytes at most, of what a token reads at `byte_share_bits`
+  double byte_share_bits = 2;
   int max_hidden = 32;
   RoutingSampleOptions samples;
   RouterTrainingOptions training;
