@@ -1,7 +1,6 @@
 // What CUDA kernels make of slice words, on the host: the same functions.
 #ifdef MOBI_WITH_CUDA
 
-#include <array>
 #include <cstdint>
 #include <random>
 
@@ -15,28 +14,22 @@ namespace {
 
 // A tile of random codes and its words, slice by slice.
 struct Tile {
-  std::array<std::array<int, kGroupSize>, kTileRows> codes;
-  std::array<std::array<uint32_t, kTileWords>, kNumSlices> words{};
+  uint8_t codes[kTileRows][kGroupSize];
+  uint32_t words[kNumSlices][kTileWords];
 
   explicit Tile(uint32_t seed) {
     std::mt19937 random(seed);
-    for (int row = 0; row < kTileRows; ++row) {
-      for (int col = 0; col < kGroupSize; ++col) {
-        const int code = static_cast<int>(random() % 256);
-        const BitPosition at = PositionInTile(row, col);
-        codes[row][col] = code;
-        for (int s = 0; s < kNumSlices; ++s) {
-          words[s][at.word] |= static_cast<uint32_t>(SliceOfCode(code, s)) << at.shift;
-        }
-      }
+    for (auto& row : codes) {
+      for (uint8_t& code : row) code = static_cast<uint8_t>(random());
     }
+    uint8_t* slices[kNumSlices];
+    for (int s = 0; s < kNumSlices; ++s) slices[s] = reinterpret_cast<uint8_t*>(words[s]);
+    PackSlices(codes[0], kTileRows, kGroupSize, slices);
   }
 
   template <int level>
-  std::array<uint32_t, level> Slices(int word) const {
-    std::array<uint32_t, level> slices;
+  void Take(int word, uint32_t (&slices)[level]) const {
     for (int s = 0; s < level; ++s) slices[s] = words[s][word];
-    return slices;
   }
 };
 
@@ -52,12 +45,11 @@ void ForEachWord(const Call& call) {
 template <int level>
 void CheckBytes(const Tile& tile) {
   ForEachWord([&](int row, int col, int word) {
-    const std::array<uint32_t, level> slices = tile.Slices<level>(word);
-    uint32_t a[4];
-    UnpackBytes<level>(reinterpret_cast<const uint32_t(&)[level]>(slices), a);
-    uint32_t all[4];
-    const std::array<uint32_t, kNumLevels> four = tile.Slices<kNumLevels>(word);
-    UnpackBytes<kNumLevels>(reinterpret_cast<const uint32_t(&)[kNumLevels]>(four), all);
+    uint32_t slices[level], four[kNumLevels], a[4], all[4];
+    tile.Take(word, slices);
+    UnpackBytes<level>(slices, a);
+    tile.Take(word, four);
+    UnpackBytes<kNumLevels>(four, all);
     for (int i = 0; i < 4; ++i) {
       EXPECT_EQ(all[i] & BytesOfLevel(level), a[i]);
       for (int b = 0; b < 4; ++b) {
@@ -82,9 +74,9 @@ TEST(Unpack, BytesAreCodesInTheOrderOfTheirColumns) {
 template <int level>
 void CheckHalves(const Tile& tile) {
   ForEachWord([&](int row, int col, int word) {
-    const std::array<uint32_t, level> slices = tile.Slices<level>(word);
-    uint32_t fragments[8];
-    Unpack<level>(reinterpret_cast<const uint32_t(&)[level]>(slices), fragments);
+    uint32_t slices[level], fragments[8];
+    tile.Take(word, slices);
+    Unpack<level>(slices, fragments);
     for (int i = 0; i < 8; ++i) {
       const int pair = i / 2, h = i % 2;
       for (int e = 0; e < 2; ++e) {
