@@ -31,8 +31,10 @@ absl::StatusOr<Activations> Activations::Create(const ModelConfig& config, int m
     *tensor = Tensor::Of(buffer.data(), dtype, max_tokens, cols);
     act.buffers.push_back(std::move(buffer));
   }
-  MOBI_ASSIGN_OR_RETURN(Buffer levels,
-                        backend.Allocate(size_t{kMaxSegments} * max_tokens, "levels"));
+  const int64_t linears = int64_t{config.num_hidden_layers} * kNumLinearGroups;
+  const auto level_bytes = static_cast<size_t>(linears * kMaxSegments * max_tokens);
+  MOBI_ASSIGN_OR_RETURN(Buffer levels, backend.Allocate(level_bytes, "levels"));
+  backend.Zero(levels.data(), level_bytes);
   act.levels = levels.As<uint8_t>();
   act.buffers.push_back(std::move(levels));
   return act;
@@ -50,14 +52,14 @@ void Model::Embed(const StepTensors& step, const Activations& act) const {
 void Model::RunLinear(const Linear& linear, int layer, LinearGroup group, Tensor x,
                       const StepTensors& step, const Activations& act, Tensor out,
                       LinearObserver* observer) const {
-  const uint8_t* levels = nullptr;
+  uint8_t* levels = nullptr;
   if (linear.routed.has_value()) {
-    backend_.Route(x, *linear.routed, step.routing, act.levels, act.max_tokens);
-    levels = act.levels;
+    levels = act.LevelsOf(layer, group);
+    backend_.Route(x, *linear.routed, step.routing, levels, act.max_tokens);
   }
   if (observer != nullptr) observer->OnInput(layer, group, x, levels, act.max_tokens);
   if (linear.routed.has_value()) {
-    backend_.SlicedMatmul(x, linear.routed->weight, act.levels, act.max_tokens, out);
+    backend_.SlicedMatmul(x, linear.routed->weight, levels, act.max_tokens, out);
   } else {
     backend_.DenseMatmul(x, linear.dense, out);
   }

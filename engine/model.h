@@ -65,8 +65,14 @@ struct Activations {
   Tensor attention;           // [max_tokens, heads head_dim]
   Tensor gate_up;             // [max_tokens, 2 intermediate_size]
   Tensor swiglu;              // [max_tokens, intermediate_size]
-  uint8_t* levels = nullptr;  // [kMaxSegments, max_tokens]
+  uint8_t* levels = nullptr;  // [layers, kNumLinearGroups, kMaxSegments, max_tokens]
   std::vector<Buffer> buffers;
+
+  // A linear's, with what it chose the last time: the backend may take that for a guess.
+  uint8_t* LevelsOf(int layer, LinearGroup group) const {
+    const int64_t linear = int64_t{layer} * kNumLinearGroups + static_cast<int>(group);
+    return levels + linear * kMaxSegments * max_tokens;
+  }
 };
 
 // Sees the input of every linear group on the engine's thread: calibration and measurements.

@@ -212,7 +212,7 @@ __device__ __forceinline__ void ChooseTogether(const RouteParams& p, const Routi
     for (int i = part; i < batch.num_coherent; i += kLanes) {
       const float* of_token = losses + i * kMaxScores;
       if (batch.min_level[i] == batch.max_level[i] || !AllFinite(of_token + first)) continue;
-      sum += static_cast<double>(of_token[at]) / batch.price[i];
+      sum += static_cast<double>(of_token[at]) * (1.0 / batch.price[i]);
     }
   }
 #pragma unroll

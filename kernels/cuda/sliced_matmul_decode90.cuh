@@ -11,8 +11,8 @@
 // part in order in fp32, each with its range and offset; the parts by SumOfParts. N does not
 // matter, so a token's bits do not depend on the other tokens.
 //
-// Order. Before the previous kernel has ended, the block prepares and asks the first slice of its
-// first rows into L2: weights do not depend on that kernel. Levels and x come after.
+// Order. Before the previous kernel has ended, the block prepares. Weights do not depend on that
+// kernel, but asked for then they are in the way of levels and x, which all wait for.
 #ifndef MOBI_KERNELS_CUDA_SLICED_MATMUL_DECODE90_CUH_
 #define MOBI_KERNELS_CUDA_SLICED_MATMUL_DECODE90_CUH_
 
@@ -29,10 +29,10 @@
 
 namespace mobi::cuda {
 
-// N tokens, W warpgroups; kEach as in Decode90Exchange.
-template <int N, int W, bool kBf16, bool kEach>
-struct DecodeWarp90 : Decode90Ring<N, W, kBf16, kEach> {
-  using Base = Decode90Ring<N, W, kBf16, kEach>;
+// N tokens, W warpgroups; kAhead as in Decode90Exchange.
+template <int N, int W, bool kBf16, bool kAhead>
+struct DecodeWarp90 : Decode90Ring<N, W, kBf16, kAhead> {
+  using Base = Decode90Ring<N, W, kBf16, kAhead>;
   using Base::Await;
   using Base::begin;
   using Base::end;
@@ -41,20 +41,22 @@ struct DecodeWarp90 : Decode90Ring<N, W, kBf16, kEach> {
   using Base::kByMma;
   using Base::lane;
   using Base::LevelsOf;
-  using Base::NextStretch;
   using Base::NT;
   using Base::num_tokens;
   using Base::own;
   using Base::plan;
+  using Base::present;
   using Base::SegmentOf;
   using Base::shared;
   using Base::StageData;
   using Base::stretch;
+  using Base::StretchFrom;
   using Base::TileOf;
   using Base::UnitOf;
   using typename Base::Terms;
 
-  int x_at;  // this lane's 16 bytes of a tile of x
+  int x_at;                // this lane's 16 bytes of a tile of x
+  bool asked_for = false;  // the first weights of `stretch` are
 
   __device__ __forceinline__ DecodeWarp90(const SlicedProblem& problem, const Decode90Plan& choices,
                                           uint8_t* memory)
@@ -175,10 +177,10 @@ struct DecodeWarp90 : Decode90Ring<N, W, kBf16, kEach> {
     }
   }
 
-  // A stretch. The first has been started.
   template <int level>
   __device__ __forceinline__ void Run() {
-    if (kByMma && stretch.begin > 0) this->template Start<level>();
+    if (kByMma && !asked_for) this->template Start<level>();
+    asked_for = false;
     if constexpr (level == kMixed) {
       RunMixed();
     } else {
@@ -213,8 +215,33 @@ struct DecodeWarp90 : Decode90Ring<N, W, kBf16, kEach> {
         }
         this->template Release<level>();
       }
+      if (kAhead && round == 0 && !Confirm()) return;
       Finish(round, y);
     }
+  }
+
+  // ---- Ahead of a router (kAhead): the levels of the first rounds are a guess.
+
+  bool sure = !kAhead;     // the levels are known
+  uint32_t chosen;         // the barrier that waits for them
+  const uint32_t* choice;  // `present`, then
+
+  __device__ __forceinline__ void Learn() {
+    ptx::BarrierWait(chosen, 0);
+    present = *choice;
+    sure = true;
+  }
+
+  // False: the first stretch is another than was guessed, and nothing of it counts.
+  __device__ __forceinline__ bool Confirm() {
+    if (sure) return true;
+    Learn();
+    const auto is = StretchFrom(0);
+    if (is.level == stretch.level && is.end == stretch.end) return true;
+    stretch.end = 0;
+    ptx::WaitCopies<0>();
+    __syncwarp();
+    return false;
   }
 
   // ---- A level of its own for every token.
@@ -323,17 +350,23 @@ struct DecodeWarp90 : Decode90Ring<N, W, kBf16, kEach> {
     }
   }
 
-  // Asks for the first weights: levels are known, x need not be.
+  // Asks for the first weights: x need not be known, nor levels for certain.
   __device__ __forceinline__ void Begin() {
-    NextStretch(0);
+    stretch = StretchFrom(0);
+    if (kAhead && stretch.level == kMixed) return;
     AtLevel([&]<int level>() { this->template Start<level>(); });
+    asked_for = true;
   }
 
   __device__ __forceinline__ void RunAll() {
+    if (!sure && stretch.level == kMixed) {  // which needs each token's level
+      Learn();
+      stretch = StretchFrom(0);
+    }
     while (stretch.begin < stretch.end) {
       AtLevel([&]<int level>() { Run<level>(); });
       if (!kByMma) break;
-      NextStretch(stretch.end);
+      stretch = StretchFrom(stretch.end);
     }
     FinishAll();
   }
@@ -348,10 +381,7 @@ __global__ void __launch_bounds__(128 * W, 1)
   extern __shared__ __align__(1024) uint8_t shared[];
   ptx::LaunchDependents();
   DecodeWarp90<N, W, kBf16, false> self(p, plan, shared);
-  self.InitBarriers();
-  self.Prefetch();
-  __syncthreads();
-  self.ExpectFirst();
+  self.MakeBarriers();
   ptx::ClusterArriveRelaxed();  // this block's barriers are ready: Finish waits for all
   ptx::WaitForPrevious();
   uint4 v[self.kBatch];

@@ -20,8 +20,9 @@ inline constexpr int kLog = n == 1 ? 0 : 1 + kLog<n / 2>;
 template <>
 inline constexpr int kLog<1> = 0;
 
-// N tokens, W warpgroups; kEach: every round has a buffer, as the compiler sees.
-template <int N, int W, bool kEach>
+// N tokens, W warpgroups; kAhead: they run ahead of a router (sliced_matmul_decode90_route.cuh),
+// and every round has a buffer.
+template <int N, int W, bool kAhead>
 struct Decode90Exchange : Decode90Place {
   static constexpr int NT = N / 4;  // tiles of tokens
   static constexpr int kWarps = 4 * W;
@@ -30,7 +31,7 @@ struct Decode90Exchange : Decode90Place {
   // Where this lane's sums of even rounds go.
   uint32_t remote[2], remote_barrier[2];
 
-  __device__ __forceinline__ bool OneEach() const { return kEach || plan.one_each; }
+  __device__ __forceinline__ bool OneEach() const { return kAhead || plan.one_each; }
   __device__ __forceinline__ int ChunkBytes() const { return ExchangedBytes<N>(plan); }
   __device__ __forceinline__ int PartBytes() const { return ChunkBytes() << plan.parts_log; }
   __device__ __forceinline__ uint32_t SumsBarrier(int buffer, int of_slot) const {
@@ -60,9 +61,12 @@ struct Decode90Exchange : Decode90Place {
     return static_cast<int>(threadIdx.x) - slot * SlotThreads();
   }
 
-  // Before the first round.
-  __device__ __forceinline__ void ExpectFirst() const {
-    for (int round = SlotThread(); round < plan.round_buffers; round += SlotThreads()) {
+  // Before the first round: by one warp per unit, for the cluster.
+  __device__ __forceinline__ void MakeBarriers() const {
+    if (warp % (4 << plan.parts_log) != 0) return;
+    for (int round = lane; round < plan.round_buffers; round += 32) {
+      ptx::BarrierInit(SumsBarrier(round, slot), 1);
+      ptx::FenceBarrierInit();  // it waits for what this thread has loaded: so first of all
       Expect(round);
     }
   }
@@ -76,7 +80,7 @@ struct Decode90Exchange : Decode90Place {
 
   // Sends the sums of a round on their way and clears them.
   __device__ __forceinline__ void Finish(int round, float (&y)[NT][2]) const {
-    if (round == 0 || !OneEach()) ptx::ClusterWait();
+    if (!kAhead && (round == 0 || !OneEach())) ptx::ClusterWait();
     const uint32_t other = BufferOf(round) * kParts * PartBytes(), bar = BufferOf(round) * 8;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -103,7 +107,7 @@ struct Decode90Exchange : Decode90Place {
   // What is left after this warpgroup's last unit.
   __device__ __forceinline__ void FinishAll() const {
     if (OneEach()) {
-      if (MyRounds() == 0) ptx::ClusterWait();
+      if (!kAhead && MyRounds() == 0) ptx::ClusterWait();
       return AddRounds(0, MyRounds());
     }
     if (!HasUnit(rounds - 1)) {

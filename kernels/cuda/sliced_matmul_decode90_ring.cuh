@@ -20,9 +20,9 @@ template <int level>
 inline constexpr int kStageGroups = level == kMixed ? 1 : GroupsPerStage(level);
 
 // Levels, and where a warp is in its walk through its units' groups.
-template <int N, int W, bool kBf16, bool kEach>
-struct Decode90Ring : Decode90X<N, W, kBf16, kEach> {
-  using Base = Decode90X<N, W, kBf16, kEach>;
+template <int N, int W, bool kBf16, bool kAhead>
+struct Decode90Ring : Decode90X<N, W, kBf16, kAhead> {
+  using Base = Decode90X<N, W, kBf16, kAhead>;
   using Base::begin;
   using Base::end;
   using Base::first_token;
@@ -37,7 +37,6 @@ struct Decode90Ring : Decode90X<N, W, kBf16, kEach> {
   using Base::plan;
   using Base::SegmentOf;
   using Base::shared;
-  using Base::SumsBarrier;
   using Base::TileOf;
   using Base::UnitOf;
   using Base::warp;
@@ -78,14 +77,13 @@ struct Decode90Ring : Decode90X<N, W, kBf16, kEach> {
 
   // The next rounds whose units have one level: mostly all, but segments may differ. (Not for
   // wgmma: in a loop over stretches the compiler lets it wait for itself.)
-  __device__ __forceinline__ void NextStretch(int round) {
-    stretch = {round, MyRounds(), LevelOf(first_unit, num_units)};
-    if (!kUsesMma<N> || stretch.level != kMixed || round == MyRounds()) return;
-    stretch.level = LevelOf(UnitOf(round), 1);
-    stretch.end = round + 1;
-    while (stretch.end < MyRounds() && LevelOf(UnitOf(stretch.end), 1) == stretch.level) {
-      ++stretch.end;
-    }
+  __device__ __forceinline__ Stretch StretchFrom(int round) const {
+    Stretch next = {round, MyRounds(), LevelOf(first_unit, num_units)};
+    if (!kUsesMma<N> || next.level != kMixed || round == MyRounds()) return next;
+    next.level = LevelOf(UnitOf(round), 1);
+    next.end = round + 1;
+    while (next.end < MyRounds() && LevelOf(UnitOf(next.end), 1) == next.level) ++next.end;
+    return next;
   }
 
   // Which levels occur among the block's tokens, per segment; for mixed levels, also a copy of
@@ -121,20 +119,29 @@ struct Decode90Ring : Decode90X<N, W, kBf16, kEach> {
     present = __reduce_or_sync(~0u, present);
   }
 
-  // ---- What happens before the previous kernel has ended.
-
-  __device__ __forceinline__ void InitSumsBarriers() const {
-    if (warp != 0) return;
-    for (int i = lane; i < plan.round_buffers * W; i += 32) ptx::BarrierInit(SumsBarrier(i, 0), 1);
-  }
-
-  // A lane asks for the rows of one round.
-  __device__ __forceinline__ void Prefetch() const {
-    const int of_round = (end - begin) * kTileBytes, bytes = kPrefetchBytes - lane * of_round;
-    if (lane < MyRounds() && bytes > 0) {
-      ptx::BulkPrefetch(p.slices[0] + size_t{FirstOf(lane)} * 32, min(of_round, bytes));
+  // What `present` may turn out to be: the levels that the array still holds.
+  struct Guess {
+    int levels[kMaxSegments];
+  };
+  __device__ __forceinline__ Guess LoadGuess() const {
+    Guess guess{};
+#pragma unroll
+    for (int s = 0; s < kMaxSegments; ++s) {
+      if (s < p.num_segments && lane < num_tokens) {
+        guess.levels[s] = __ldcg(p.levels + (s * static_cast<int>(p.levels_stride) + lane));
+      }
     }
-    __syncwarp();
+    return guess;
+  }
+  __device__ __forceinline__ void TakeGuess(const Guess& guess) {
+    static_assert(N <= 32);
+    uint32_t levels = 0;
+#pragma unroll
+    for (int s = 0; s < kMaxSegments; ++s) {
+      if (s >= p.num_segments || lane >= num_tokens) continue;
+      levels |= 1u << (4 * s + min(max(guess.levels[s], 1), kNumLevels) - 1);
+    }
+    present = __reduce_or_sync(~0u, levels);
   }
 
   // ---- The ring.
@@ -145,12 +152,6 @@ struct Decode90Ring : Decode90X<N, W, kBf16, kEach> {
   // ranges.
   __device__ __forceinline__ const uint8_t* StageData() const {
     return shared + plan.ring + warp * kStages * kWarpStageBytes + stage;
-  }
-
-  // First of all: the fence waits for what this thread has loaded.
-  __device__ __forceinline__ void InitBarriers() const {
-    this->InitSumsBarriers();
-    ptx::FenceBarrierInit();
   }
 
   // Asks for the first stages of the stretch. All of the ring is free.

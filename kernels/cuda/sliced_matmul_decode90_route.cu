@@ -16,7 +16,7 @@ constexpr int kMaxTokens = 16;
 template <int N, int W>
 bool MakePlan(const SlicedMatmulLaunch& launch, const SlicedProblem& problem, int* clusters,
               Decode90Plan& plan) {
-  using Head = RouteHead<N, 128 * W>;
+  using Head = RouteHead<N, W>;
   constexpr int kHeadBytes = sizeof(Head);
   CountTokens(problem.num_tokens, plan);
   const int units = (problem.rows + kUnitRows - 1) / kUnitRows;
@@ -26,7 +26,7 @@ bool MakePlan(const SlicedMatmulLaunch& launch, const SlicedProblem& problem, in
   plan.round_buffers = MostRounds(plan);
   plan.one_each = true;
   bool fits = FitShared<N, W>(problem, kHeadBytes, plan);
-  if (!fits && !kRoutedEach<N>) {
+  if (!fits && !kRunsAhead<N>) {
     plan = two_buffers;
     fits = FitShared<N, W>(problem, kHeadBytes, plan);
   }
@@ -48,7 +48,8 @@ cudaError_t Launch(const SlicedMatmulLaunch& launch, const SlicedProblem& proble
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attributes[2] = {};
-  const cudaLaunchConfig_t config = Configure(launch, plan, clusters, 1, 128 * W, attributes);
+  const cudaLaunchConfig_t config =
+      Configure(launch, plan, clusters, 1, RoutedDecode90<N, W>::kThreads, attributes);
   return cudaLaunchKernelEx(&config, kernel, problem, plan, route);
 }
 
@@ -56,7 +57,7 @@ bool Fits(const SlicedMatmulLaunch& launch, const SlicedProblem& problem) {
   Decode90Plan plan;
   int clusters;
   if (problem.num_tokens <= 4) return MakePlan<4, 4>(launch, problem, &clusters, plan);
-  if (problem.num_tokens <= 8) return MakePlan<8, 5>(launch, problem, &clusters, plan);
+  if (problem.num_tokens <= 8) return MakePlan<8, 4>(launch, problem, &clusters, plan);
   return MakePlan<16, 5>(launch, problem, &clusters, plan);
 }
 
@@ -99,7 +100,7 @@ cudaError_t LaunchRoutedMatmul(const SlicedMatmulLaunch& launch, const RoutedMat
   const RouteParams route =
       StateRoute(op.source, op.x, op.linear, op.batch, op.levels, op.levels_stride);
   if (problem.num_tokens <= 4) return Launch<4, 4>(launch, problem, route);
-  if (problem.num_tokens <= 8) return Launch<8, 5>(launch, problem, route);
+  if (problem.num_tokens <= 8) return Launch<8, 4>(launch, problem, route);
   return Launch<16, 5>(launch, problem, route);
 }
 

@@ -8,397 +8,35 @@
 #ifndef MOBI_KERNELS_CUDA_SLICED_MATMUL_DECODE90_ROUTE_CUH_
 #define MOBI_KERNELS_CUDA_SLICED_MATMUL_DECODE90_ROUTE_CUH_
 
-#include <cuda_fp16.h>
-
 #include <cstdint>
 
-#include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/route.cuh"
-#include "kernels/cuda/sliced_matmul_decode90.cuh"
+#include "kernels/cuda/sliced_matmul_decode90_head.cuh"
 
 namespace mobi::cuda {
 
-static_assert(kRouteRanks == kParts);
-inline constexpr int kTurnCols = kRouteWarps * 32;            // of a block, 8 to each lane
-inline constexpr int kAllTurnCols = kRouteRanks * kTurnCols;  // of the cluster
-inline constexpr int kMaxTurns = 8;                           // of W1
-inline constexpr int kHeldTurns = 4;                          // in registers; the others: Later
-inline constexpr int kMeasuredAlone = 2;                      // tokens whose rows a block reads
-inline constexpr int kMaxNormTurns = 4;                       // of a norm's weight, held in shared
-
-// What the head of the kernel keeps in shared memory.
-template <int N, int kBlockThreads>
-struct RouteHead {
-  static constexpr int kThreads = kBlockThreads, kSumWidth = kMaxFusedRouterHidden + 1;
-  float sums[kRouteWarps][N][kSumWidth];  // W1 x and the sum of squares, by columns of a warp
-  float partials[kRouteRanks][N][kSumWidth];
-  float hidden[N][kMaxFusedRouterHidden];
-  float squares[N][kRouteRanks * kRouteWarps];   // of a norm's input
-  float norm_weight[kMaxNormTurns * kTurnCols];  // of this block's columns
-  float losses[N][kMaxScores];
-  float w2[kMaxScores][kMaxFusedRouterHidden + 1];
-  float b2[kMaxScores];
-  float b1[kMaxFusedRouterHidden];
-  float u[kMaxFusedRouterHidden];
-  // The batch, fetched while x is.
-  float price[N];
-  uint8_t min_level[N], max_level[N];
-  uint8_t levels[kMaxSegments][N];  // 0 where there is no token
-  uint32_t present;                 // 4 bits per segment: levels that occur among the tokens
-  int pinned[kBlockThreads / 32];
-  double together[kMaxScores];
-};
-
-template <int N, int kBlockThreads>
+template <int N, int W>
 __device__ __forceinline__ void SetLevel(const RouteParams&, int token, int segment, int level,
-                                         RouteHead<N, kBlockThreads>& s) {
+                                         RouteHead<N, W>& s) {
   s.levels[segment][token] = static_cast<uint8_t>(level);
   atomicOr(&s.present, 1u << (4 * segment + level - 1));
 }
 
-// Of at most eight tokens, every round has a buffer for its exchange.
-template <int N>
-inline constexpr bool kRoutedEach = N <= 8;
-
 template <int N, int W>
-struct RoutedDecode90 : DecodeWarp90<N, W, false, kRoutedEach<N>> {
-  using Base = DecodeWarp90<N, W, false, kRoutedEach<N>>;
-  using Base::first_group;
-  using Base::GroupOf;
-  using Base::Items;
+struct RoutedDecode90 : Decode90Head<N, W> {
+  using Base = Decode90Head<N, W>;
+  using Base::Base;
+  using Base::Chooses;
+  using Base::kRouters;
+  using Base::kThreads;
   using Base::kWarps;
   using Base::lane;
   using Base::num_tokens;
-  using Base::plan;
-  using Base::rank;
-  using Base::shared;
-  using Base::TokenOf;
+  using Base::r;
+  using Base::s;
+  using Base::SumsArrive;
   using Base::warp;
-  using Head = RouteHead<N, 128 * W>;
-  static constexpr int kThreads = 128 * W;
-  static constexpr int kEights = (N + 7) / 8;       // of tokens, W1's operand
-  static constexpr int kW1Warps = 2 * kRouteWarps;  // a warp has one of two tiles of hidden units
-  static_assert(kWarps >= kW1Warps && kMaxScores <= kW1Warps);
-
-  const RouteParams& r;
-  Head& s;
-  int tid, turns;
-  uint4 w1[kHeldTurns][2];
-
-  __device__ __forceinline__ RoutedDecode90(const SlicedProblem& problem, const Decode90Plan& plan,
-                                            const RouteParams& route, uint8_t* memory)
-      : Base(problem, plan, memory), r(route), s(*reinterpret_cast<Head*>(memory + plan.head)) {
-    tid = threadIdx.x;
-    turns = r.cols / kAllTurnCols;
-  }
-
-  // Count what the cluster's blocks send: their sums, and the squares of a norm's input.
-  __device__ __forceinline__ uint32_t SumsArrive() const {
-    return ptx::SharedAddress(shared) + plan.head_barriers;
-  }
-  __device__ __forceinline__ uint32_t SquaresArrive() const { return SumsArrive() + 8; }
-  __device__ __forceinline__ bool SharesSquares() const {
-    return r.input == RouteInput::kNorm && num_tokens > kMeasuredAlone;
-  }
-  // The first column, of the block's, of this lane's eight in a turn.
-  __device__ __forceinline__ int TurnCol(int turn) const {
-    return turn * kTurnCols + warp % kRouteWarps * 32 + lane % 4 * 8;
-  }
-
-  // ---- Before the previous kernel has ended: weights.
-
-  // This lane's 16 bytes of turn kHeldTurns + turn, row half h, in the ring: not in use yet.
-  __device__ __forceinline__ uint8_t* Later(int turn, int h) const {
-    return shared + plan.ring + ((turn * 2 + h) * kW1Warps * 32 + tid) * 16;
-  }
-
-  // This warp's rows of W1.
-  __device__ __forceinline__ void LoadW1() {
-    if (warp >= kW1Warps) return;
-    // Rows beyond the last repeat it; nothing of them is used.
-    const int first_row = warp / kRouteWarps * 16 + lane / 4, last_row = r.num_hidden - 1;
-    const half* const from = r.w1 + rank * turns * kTurnCols + TurnCol(0);
-    const half* const rows[2] = {
-        from + min(first_row, last_row) * static_cast<int>(r.w1_stride),
-        from + min(first_row + 8, last_row) * static_cast<int>(r.w1_stride)};
-#pragma unroll
-    for (int turn = 0; turn < kMaxTurns; ++turn) {
-      if (turn >= turns) break;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const half* const at = rows[h] + turn * kTurnCols;
-        if (turn < kHeldTurns) {
-          w1[turn][h] = *reinterpret_cast<const uint4*>(at);
-        } else {
-          ptx::CopyAsync16(ptx::SharedAddress(Later(turn - kHeldTurns, h)), at);
-        }
-      }
-    }
-  }
-
-  __device__ __forceinline__ void InitHeadBarriers() const {
-    if (tid != 0) return;
-    ptx::BarrierInit(SumsArrive(), 1);
-    ptx::BarrierInit(SquaresArrive(), 1);
-  }
-
-  __device__ __forceinline__ void LoadHead() {
-    LoadW1();
-    if (r.input == RouteInput::kNorm && tid * 4 < turns * kTurnCols) {
-      ptx::CopyAsync16(ptx::SharedAddress(s.norm_weight + tid * 4),
-                       r.norm_weight + rank * turns * kTurnCols + tid * 4);
-    }
-    // A warp has a row of W2.
-    if (warp < r.num_segments * kNumLevels) {
-      const bool hidden = lane < r.num_hidden;
-      if (hidden) {
-        ptx::CopyAsync4(ptx::SharedAddress(&s.w2[warp][lane]),
-                        r.w2 + warp * static_cast<int>(r.w2_stride) + lane);
-      }
-      if (lane == 0) ptx::CopyAsync4(ptx::SharedAddress(s.b2 + warp), r.b2 + warp);
-      if (warp == 0 && hidden) ptx::CopyAsync4(ptx::SharedAddress(s.b1 + lane), r.b1 + lane);
-      if (warp == 1 && hidden) ptx::CopyAsync4(ptx::SharedAddress(s.u + lane), r.u + lane);
-    }
-    ptx::CommitCopies();
-    if (tid < kMaxSegments * N) s.levels[tid / N][tid % N] = 0;
-    if (tid == 0) s.present = 0;
-  }
-
-  __device__ __forceinline__ void ExpectHead() const {
-    if (tid != 0) return;
-    ptx::BarrierArriveExpecting(SumsArrive(), kRouteRanks * num_tokens * Head::kSumWidth * 4);
-    ptx::BarrierArriveExpecting(SquaresArrive(), kRouteRanks * num_tokens * kRouteWarps * 4);
-  }
-
-  // ---- x.
-
-  // How this thread's token is routed: asked for with x, used long after.
-  struct OfBatch {
-    float price;
-    uint8_t min_level, max_level;
-  };
-  __device__ __forceinline__ OfBatch LoadBatch() const {
-    OfBatch own{};
-    if (tid < num_tokens) {
-      own = {__ldcg(r.batch.price + tid), __ldcg(r.batch.min_level + tid),
-             __ldcg(r.batch.max_level + tid)};
-    }
-    return own;
-  }
-  __device__ __forceinline__ void StoreBatch(const OfBatch& own) const {
-    if (tid >= num_tokens) return;
-    s.price[tid] = own.price, s.min_level[tid] = own.min_level, s.max_level[tid] = own.max_level;
-  }
-
-  // Sums of squares of the tokens' rows. Of few tokens, every block reads the whole rows.
-  __device__ __forceinline__ void Measure() const {
-    if (SharesSquares()) {
-      ShareSquares();
-    } else {
-      constexpr int kLanes = kRouteRanks * kRouteWarps * 4;
-      static_assert(kMeasuredAlone * kLanes <= kThreads);
-      const int token = tid / kLanes, at = tid % kLanes;
-      if (token < num_tokens) {
-        const float squares = Squares(token, at / 32, at % 32);
-        if (at % 4 == 0) s.squares[token][at / 4] = squares;
-      }
-    }
-    ptx::WaitCopies<0>();  // the norm's weight
-    __syncthreads();
-  }
-
-  // Of many, a block reads its own columns, a warp one token, and the cluster shares the sums.
-  __device__ __forceinline__ void ShareSquares() const {
-#pragma unroll 1
-    for (int token = warp; token < num_tokens; token += kWarps) {
-      const float squares = Squares(token, rank, lane);
-      const uint32_t to = ptx::SharedAddress(&s.squares[token][rank * kRouteWarps + lane / 4]);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int k = lane % 4 * 2 + i;
-        ptx::StoreClusterAsync(ptx::MapToRank(to, k), squares, ptx::MapToRank(SquaresArrive(), k));
-      }
-    }
-    ptx::BarrierWait(SquaresArrive(), 0);
-  }
-
-  // Of the columns of one of route.cu's warps, all of its four lanes get them.
-  __device__ __forceinline__ float Squares(int token, int of_rank, int at) const {
-    const auto* const row = static_cast<const half*>(r.source) +
-                            token * static_cast<int>(r.source_stride) +
-                            of_rank * turns * kTurnCols + at * 8;
-    uint4 words[kMaxNormTurns];
-#pragma unroll
-    for (int turn = 0; turn < kMaxNormTurns; ++turn) {
-      if (turn >= turns) break;
-      words[turn] = __ldcg(reinterpret_cast<const uint4*>(row + turn * kTurnCols));
-    }
-    float squares = 0;
-#pragma unroll
-    for (int turn = 0; turn < kMaxNormTurns; ++turn) {
-      if (turn >= turns) break;
-      AddSquares(words[turn], squares);
-    }
-    return QuadSum(squares);
-  }
-
-  // 1 / rms of this half warp's token.
-  __device__ __forceinline__ float Scale(int token) const {
-    float sum = 0, total = 0;
-#pragma unroll
-    for (int w = 0; w < kRouteWarps; ++w) sum += s.squares[token][lane % 8 * kRouteWarps + w];
-#pragma unroll
-    for (int k = 0; k < kRouteRanks; ++k) {
-      total += __shfl_sync(kFullWarp, sum, lane / 16 * 16 + k);
-    }
-    return rsqrtf(total / static_cast<float>(r.cols) + r.eps);
-  }
-
-  static __device__ __forceinline__ void AddSquares(const uint4& words, float& squares) {
-    const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 v = Unpack<half>(pairs[i]);
-      squares = fmaf(v.x, v.x, squares);
-      squares = fmaf(v.y, v.y, squares);
-    }
-  }
-
-  // Eight columns of a token: of x, or of what x is made of.
-  struct Eight {
-    uint4 first;
-    uint4 up;  // SwiGLU's second half
-  };
-  // An item is a group of two tokens, half a warp each, as in StageX.
-  __device__ __forceinline__ Eight ReadSource(int item) const {
-    Eight v{};
-    const int token = TokenOf(item), col = GroupOf(item) * kGroupSize + lane % 16 * 8;
-    if (item >= Items() || token >= num_tokens) return v;
-    const bool plain = r.input == RouteInput::kPlain;
-    const auto* const from = static_cast<const half*>(plain ? r.x : r.source) +
-                             token * static_cast<int>(plain ? r.x_stride : r.source_stride) +
-                             first_group * kGroupSize + col;
-    v.first = __ldcg(reinterpret_cast<const uint4*>(from));
-    if (r.input == RouteInput::kSwiGlu) {
-      v.up = __ldcg(reinterpret_cast<const uint4*>(from + r.cols));
-    }
-    return v;
-  }
-
-  // The item's elements of x, to shared memory.
-  __device__ __forceinline__ void Make(int item, Eight v) const {
-    const int token = TokenOf(item), col = GroupOf(item) * kGroupSize + lane % 16 * 8;
-    float scale = 0;
-    if (r.input == RouteInput::kNorm) scale = Scale(token);
-    if (token >= num_tokens) return;
-    uint32_t words[4] = {v.first.x, v.first.y, v.first.z, v.first.w};
-    if (r.input == RouteInput::kNorm) {
-      float weight[8];
-      Load8(s.norm_weight + col, 8, true, weight);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float2 pair = Unpack<half>(words[i]);
-        pair.x *= scale * weight[2 * i];
-        pair.y *= scale * weight[2 * i + 1];
-        words[i] = Pack<half>(pair.x, pair.y);
-      }
-    } else if (r.input == RouteInput::kSwiGlu) {
-      const uint32_t ups[4] = {v.up.x, v.up.y, v.up.z, v.up.w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 gate = Unpack<half>(words[i]), up = Unpack<half>(ups[i]);
-        words[i] = Pack<half>(Silu(gate.x) * up.x, Silu(gate.y) * up.y);
-      }
-    }
-    const uint4 made = make_uint4(words[0], words[1], words[2], words[3]);
-    *this->OwnHalves(GroupOf(item), token) = made;
-    if (r.input != RouteInput::kPlain && Speaks()) {
-      *reinterpret_cast<uint4*>(static_cast<half*>(r.x) + token * r.x_stride +
-                                first_group * kGroupSize + col) = made;
-    }
-  }
-
-  __device__ __forceinline__ void MakeX() const {
-    Eight v = ReadSource(warp);
-    const OfBatch own = LoadBatch();
-    ptx::ClusterWait();  // every block has begun, and may be sent to
-    ptx::ClusterArriveRelaxed();
-    if (r.input == RouteInput::kNorm) Measure();
-#pragma unroll 1
-    for (int item = warp; item < Items(); item += kWarps) {
-      const Eight next = ReadSource(item + kWarps);
-      Make(item, v);
-      v = next;
-    }
-    StoreBatch(own);
-    ptx::WaitCopies<0>();
-  }
-
-  // ---- The router.
-
-  // sums = W1 x and the sums of squares, over the columns of each warp. Tokens beyond the last
-  // bring what lies in memory; nothing of them is used.
-  __device__ __forceinline__ void MultiplyW1() {
-    if (warp >= kW1Warps) return;
-    const int g = lane / 4, t = lane % 4, of_hidden = warp / kRouteWarps, w = warp % kRouteWarps;
-    float sums[kEights][4] = {}, squares[kEights] = {};
-    // Where Make put this lane's eight columns of the first turn.
-    const int group = w / 4, of_token = w % 4;
-    constexpr int kTurnGroups = kTurnCols / kGroupSize;
-#pragma unroll
-    for (int turn = 0; turn < kMaxTurns; ++turn) {
-      if (turn >= turns) break;
-      uint4 a[2];
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        a[h] = turn < kHeldTurns ? w1[turn % kHeldTurns][h]
-                                 : *reinterpret_cast<const uint4*>(Later(turn - kHeldTurns, h));
-      }
-      const uint32_t low[4] = {a[0].x, a[1].x, a[0].y, a[1].y};
-      const uint32_t high[4] = {a[0].z, a[1].z, a[0].w, a[1].w};
-#pragma unroll
-      for (int n = 0; n < kEights; ++n) {
-        const uint4 x =
-            *this->HalvesAt(group + turn * kTurnGroups, min(8 * n + g, N - 1), t, of_token);
-        if (of_hidden == 0) AddSquares(x, squares[n]);
-        Mma<half>(sums[n], low, x.x, x.y);
-        Mma<half>(sums[n], high, x.z, x.w);
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < kEights; ++n) {
-      const float of_token = QuadSum(squares[n]);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int token = 8 * n + 2 * t + i % 2;
-        if (token < N) s.sums[w][token][16 * of_hidden + g + 8 * (i / 2)] = sums[n][i];
-      }
-      if (of_hidden == 0 && t == 0 && 8 * n + g < N)
-        s.sums[w][8 * n + g][Head::kSumWidth - 1] = of_token;
-    }
-  }
-
-  // Every block of the cluster gets every block's sums. Of few tokens, each to a thread of its own;
-  // of many, a sum is added once and goes to all.
-  __device__ __forceinline__ void Share() const {
-    constexpr int kReceivers = N > 4 ? kRouteRanks : 1;  // of one thread
-    constexpr int kSenders = kRouteRanks / kReceivers;
-    const int values = num_tokens * Head::kSumWidth;
-#pragma unroll 1
-    for (int e = tid; e < values * kSenders; e += kThreads) {
-      const int token = e / kSenders / Head::kSumWidth, at = e / kSenders % Head::kSumWidth;
-      float sum = 0;
-#pragma unroll
-      for (int w = 0; w < kRouteWarps; ++w) sum += s.sums[w][token][at];
-      const uint32_t to = ptx::SharedAddress(&s.partials[rank][token][at]);
-#pragma unroll
-      for (int i = 0; i < kReceivers; ++i) {
-        const int receiver = e % kSenders * kReceivers + i;
-        ptx::StoreClusterAsync(ptx::MapToRank(to, receiver), sum,
-                               ptx::MapToRank(SumsArrive(), receiver));
-      }
-    }
-  }
+  using typename Base::Head;
 
   // A token's losses, by one warp: a lane has a hidden unit, then a share of a score.
   __device__ __forceinline__ void ScoreToken(int token) const {
@@ -423,12 +61,22 @@ struct RoutedDecode90 : DecodeWarp90<N, W, false, kRoutedEach<N>> {
 
   // Levels of all tokens, in shared memory.
   __device__ __forceinline__ void Choose() {
-    RoutingBatch batch = r.batch;
-    batch.price = s.price, batch.min_level = s.min_level, batch.max_level = s.max_level;
     ptx::BarrierWait(SumsArrive(), 0);
 #pragma unroll 1
-    for (int token = warp; token < num_tokens; token += kWarps) {
-      ScoreToken(token);
+    for (int token = Head::Thread() / 32; token < num_tokens; token += kRouters) ScoreToken(token);
+    if constexpr (kRunsAhead<N>) {
+      if (num_tokens > 1) ptx::NamedBarrier(kChooseBarrier, Head::kThreads);
+      if (Head::Thread() < 32) ChooseForFew();
+    } else {
+      ChooseForMany();
+    }
+  }
+
+  __device__ __forceinline__ void ChooseForMany() {
+    RoutingBatch batch = r.batch;
+    batch.price = s.price, batch.min_level = s.min_level, batch.max_level = s.max_level;
+#pragma unroll 1
+    for (int token = warp; token < num_tokens; token += kWarps) {  // which this warp has scored
       if (token < batch.num_coherent || lane >= r.num_segments) continue;
       const float* losses = &s.losses[token][lane * kNumLevels];
       SetLevel(r, token, lane, ChooseAlone(r, batch, token, lane, losses), s);
@@ -441,27 +89,133 @@ struct RoutedDecode90 : DecodeWarp90<N, W, false, kRoutedEach<N>> {
     this->present = s.present;
   }
 
-  // The cluster that writes what concerns all: the last, whose run is not a long one.
-  __device__ __forceinline__ bool Speaks() const { return blockIdx.x >= gridDim.x - kParts; }
+  // By one warp. A lane has a score and adds it over the coherent tokens, in ChooseTogether's
+  // order; then it has a token and a segment.
+  __device__ __forceinline__ void ChooseForFew() const {
+    static_assert(kMaxScores <= 32 && kMaxSegments * N <= 32);
+    if (lane < r.num_segments * kNumLevels) s.together[lane] = CostTogether();
+    __syncwarp();
+    const int segment = lane / N, token = lane % N;
+    uint32_t occurs = 0;
+    if (segment < r.num_segments && token < num_tokens) {
+      const int level = ChooseOne(token, segment);
+      s.levels[segment][token] = static_cast<uint8_t>(level);
+      occurs = 1u << (4 * segment + level - 1);
+    }
+    occurs = __reduce_or_sync(kFullWarp, occurs);
+    if (lane == 0) s.present = occurs;
+    __syncwarp();
+    if (lane == 0) ptx::BarrierArrive(this->chosen);
+  }
+
+  // What the tokens that choose together pay for this lane's score.
+  __device__ __forceinline__ double CostTogether() const {
+    const int segment = lane / kNumLevels, k = lane % kNumLevels, pinned = s.pinned_level;
+    double of_token[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const bool counts = i < r.batch.num_coherent && s.min_level[i] != s.max_level[i] &&
+                          AllFinite(&s.losses[i][segment * kNumLevels]);
+      of_token[i] = counts ? s.losses[i][lane] * s.inverse_price[i] : 0.0;
+    }
+#pragma unroll
+    for (int offset = N / 2; offset > 0; offset /= 2) {
+#pragma unroll
+      for (int i = 0; i < offset; ++i) of_token[i] += of_token[i + offset];
+    }
+    const double paid = pinned > 0 ? r.bytes[segment][pinned - 1] : 0.0;
+    return of_token[0] + (k < pinned ? 0.0 : r.bytes[segment][k] - paid);
+  }
+
+  __device__ __forceinline__ int ChooseOne(int token, int segment) const {
+    const float* const losses = &s.losses[token][segment * kNumLevels];
+    const int lowest = s.min_level[token], highest = s.max_level[token];
+    if (!AllFinite(losses)) return highest;
+    const bool together = token < r.batch.num_coherent;
+    double cost[kNumLevels];
+#pragma unroll
+    for (int k = 0; k < kNumLevels; ++k) {
+      cost[k] = together ? s.together[segment * kNumLevels + k]
+                         : losses[k] + static_cast<double>(s.price[token]) * r.bytes[segment][k];
+    }
+    if (!together) return Cheapest(cost, lowest, highest);
+    return min(max(Cheapest(cost, 1, kNumLevels), lowest), highest);
+  }
 
   // What others see of the choice; by one block.
   __device__ __forceinline__ void Publish() const {
     if (blockIdx.x != gridDim.x - 1) return;
-    for (int e = tid; e < num_tokens * r.num_segments; e += kThreads) {
+    constexpr int kWriters = kRunsAhead<N> ? 32 : kThreads;
+    for (int e = Head::Thread(); e < num_tokens * r.num_segments; e += kWriters) {
       const int token = e / r.num_segments, segment = e % r.num_segments;
       PublishLevel(r, token, segment, s.levels[segment][token]);
     }
-    if (tid != 0) return;
+    if (Head::Thread() != 0) return;
     int highest[kMaxSegments];
 #pragma unroll
     for (int i = 0; i < kMaxSegments; ++i) highest[i] = 32 - __clz(s.present >> (4 * i) & 15);
     CountBytes(r, highest);
   }
+
+  // ---- The order.
+
+  __device__ __forceinline__ void RouteFirst() {
+    this->MakeHeadBarriers();
+    this->MakeBarriers();
+    this->LoadW1();
+    this->LoadHead();
+    ptx::ClusterArriveRelaxed();  // this block's barriers are ready
+    ptx::WaitForPrevious();
+    this->MakeX();
+    __syncthreads();
+    this->MultiplyW1();
+    __syncthreads();
+    this->Share();
+    this->EncodeHalves();  // while the sums are under way
+    Choose();
+    this->Begin();
+    Publish();
+    this->RunAll();
+  }
+
+  // What a short kernel costs is the length of its instructions one after another. So while one
+  // warpgroup chooses levels, the others ask for weights and multiply them: at the levels that were
+  // chosen the last time, until they learn what they are. Not before x is made, for which they
+  // would be in the way.
+  __device__ __forceinline__ void RouteAhead() {
+    typename Base::Guess guess;
+    if (Chooses()) {
+      this->MakeHeadBarriers();
+      this->LoadHead();
+    } else {
+      guess = this->LoadGuess();  // of a step before: it is there
+      this->MakeBarriers();
+      this->LoadW1();
+      ptx::CommitCopies();
+    }
+    ptx::ClusterArriveRelaxed();
+    ptx::WaitForPrevious();
+    this->MakeX();
+    __syncthreads();
+    this->MultiplyW1();
+    __syncthreads();
+    if (Chooses()) {
+      this->Share();
+      Choose();
+      if (Head::Thread() < 32) Publish();
+      return;
+    }
+    this->TakeGuess(guess);
+    this->Begin();
+    this->EncodeHalves();
+    ptx::NamedBarrier(kMultiplyBarrier, 128 * W);
+    this->RunAll();
+  }
 };
 
 // Grid: the blocks of the clusters of eight.
 template <int N, int W>
-__global__ void __launch_bounds__(128 * W, 1)
+__global__ void __launch_bounds__(RoutedDecode90<N, W>::kThreads, 1)
     RoutedDecode90Kernel(const __grid_constant__ SlicedProblem p,
                          const __grid_constant__ Decode90Plan plan,
                          const __grid_constant__ RouteParams route) {
@@ -469,25 +223,11 @@ __global__ void __launch_bounds__(128 * W, 1)
   extern __shared__ __align__(1024) uint8_t shared[];
   ptx::LaunchDependents();
   RoutedDecode90<N, W> self(p, plan, route, shared);
-  self.InitHeadBarriers();
-  self.InitBarriers();
-  self.LoadHead();
-  self.Prefetch();
-  __syncthreads();
-  self.ExpectFirst();
-  self.ExpectHead();
-  ptx::ClusterArriveRelaxed();  // this block's barriers are ready
-  ptx::WaitForPrevious();
-  self.MakeX();
-  __syncthreads();
-  self.MultiplyW1();
-  __syncthreads();
-  self.Share();
-  self.EncodeHalves();  // while the sums are under way
-  self.Choose();
-  self.Begin();
-  self.Publish();
-  self.RunAll();
+  if constexpr (kRunsAhead<N>) {
+    self.RouteAhead();
+  } else {
+    self.RouteFirst();
+  }
 #endif
 }
 

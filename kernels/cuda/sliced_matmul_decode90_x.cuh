@@ -34,9 +34,9 @@ inline constexpr int kMostExponent = 127 + 109;
 // The least whose step / 256 is a normal float.
 inline constexpr int kLeastExponent = 23;
 
-template <int N, int W, bool kBf16, bool kEach>
-struct Decode90X : Decode90Exchange<N, W, kEach> {
-  using Base = Decode90Exchange<N, W, kEach>;
+template <int N, int W, bool kBf16, bool kAhead>
+struct Decode90X : Decode90Exchange<N, W, kAhead> {
+  using Base = Decode90Exchange<N, W, kAhead>;
   using Base::Base;
   using Base::block_groups;
   using Base::first_group;

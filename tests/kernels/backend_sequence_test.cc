@@ -234,7 +234,7 @@ TEST_P(BackendSequence, AddRmsNormThenRouteIsBatchInvariant) {
 }
 
 // A linear of a decode step and the residual that takes its output: with a wait between the ops and
-// without, the same bits.
+// without, the same bits, whatever levels the array had before (they may be taken for a guess).
 TEST_P(BackendSequence, RouteThenMatmulThenAddRmsNorm) {
   enum Input { kPlain, kNorm, kSwiGlu };
   struct Case {
@@ -267,7 +267,8 @@ TEST_P(BackendSequence, RouteThenMatmulThenAddRmsNorm) {
       Routed routed;
       Matrix out, residual, normed;
     };
-    const auto run = [&](bool wait) {
+    const auto segments = static_cast<int64_t>(c.rows.size());
+    const auto run = [&](bool wait, const std::vector<uint8_t>& levels_before) {
       const auto after = [&] {
         if (wait) {
           EXPECT_TRUE(backend().Synchronize().ok());
@@ -278,8 +279,7 @@ TEST_P(BackendSequence, RouteThenMatmulThenAddRmsNorm) {
           OnDevice(c.input == kPlain ? source : Matrix::Poisoned(activations(), c.tokens, c.cols));
       const Tensor out = OnDevice(Matrix::Poisoned(activations(), c.tokens, out_cols));
       const Tensor normed = OnDevice(Matrix::Poisoned(activations(), c.tokens, out_cols));
-      const auto segments = static_cast<int64_t>(c.rows.size());
-      auto* levels = OnDevice(std::vector<uint8_t>(c.tokens * segments, uint8_t{0xEE}));
+      auto* levels = OnDevice(levels_before);
       auto* tiles = OnDevice(std::vector<uint32_t>(c.tokens));
       auto* loaded = OnDevice(std::vector<uint64_t>(1));
       const RoutingBatch view = View(batch, OnDevice(batch.price), OnDevice(batch.min_level),
@@ -301,21 +301,30 @@ TEST_P(BackendSequence, RouteThenMatmulThenAddRmsNorm) {
                     ToHost(residual_device),
                     ToHost(normed)};
     };
-    const Result alone = run(true), together = run(false);
-    ExpectSame(together.routed.x, alone.routed.x, what + ": x");
-    EXPECT_EQ(together.routed.levels, alone.routed.levels) << what;
-    EXPECT_EQ(together.routed.tiles, alone.routed.tiles) << what;
-    EXPECT_EQ(together.routed.loaded, alone.routed.loaded) << what;
-    ExpectSame(together.out, alone.out, what + ": out");
-    ExpectSame(together.residual, alone.residual, what + ": residual");
-    ExpectSame(together.normed, alone.normed, what + ": the next norm");
-    ExpectRoutedFrom(together.routed.x, router, batch, together.routed);
+    const auto every = [&](int level) {
+      return std::vector<uint8_t>(c.tokens * segments, static_cast<uint8_t>(level));
+    };
+    std::vector<uint8_t> random_levels = every(0);
+    for (uint8_t& level : random_levels) level = static_cast<uint8_t>(Uniform(1, kNumLevels));
+    const Result alone = run(true, every(0xEE));
+    for (const std::vector<uint8_t>& before :
+         {every(0xEE), every(0), every(1), every(3), random_levels, alone.routed.levels}) {
+      const Result guessed = run(false, before);
+      ExpectSame(guessed.routed.x, alone.routed.x, what + ": x");
+      EXPECT_EQ(guessed.routed.levels, alone.routed.levels) << what;
+      EXPECT_EQ(guessed.routed.tiles, alone.routed.tiles) << what;
+      EXPECT_EQ(guessed.routed.loaded, alone.routed.loaded) << what;
+      ExpectSame(guessed.out, alone.out, what + ": out");
+      ExpectSame(guessed.residual, alone.residual, what + ": residual");
+      ExpectSame(guessed.normed, alone.normed, what + ": the next norm");
+    }
+    ExpectRoutedFrom(alone.routed.x, router, batch, alone.routed);
     const Matrix expected = Matrix::Poisoned(DType::kF32, c.tokens, out_cols);
-    reference::SlicedMatmul(together.routed.x.view(), router.host.weight,
-                            together.routed.levels.data(), c.tokens, expected.view());
+    reference::SlicedMatmul(alone.routed.x.view(), router.host.weight,
+                            alone.routed.levels.data(), c.tokens, expected.view());
     Tolerance tolerance = ToleranceOf(Op::kSlicedMatmul, activations());
     if (c.input == kSwiGlu) tolerance.scaled *= 2;  // a group's largest is farther from its rms
-    ExpectClose(together.out, expected, tolerance, what);
+    ExpectClose(alone.out, expected, tolerance, what);
   }
 }
 

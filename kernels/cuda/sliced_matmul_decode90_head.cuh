@@ -1,0 +1,419 @@
+// The head of a kernel that makes a linear's x and routes by itself
+// (sliced_matmul_decode90_route.cuh), up to the sums of W1 x: every cluster makes x for itself,
+// and its eight blocks share the columns of W1 as they share the matmul's.
+#ifndef MOBI_KERNELS_CUDA_SLICED_MATMUL_DECODE90_HEAD_CUH_
+#define MOBI_KERNELS_CUDA_SLICED_MATMUL_DECODE90_HEAD_CUH_
+
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "kernels/cuda/mma.cuh"
+#include "kernels/cuda/route.cuh"
+#include "kernels/cuda/sliced_matmul_decode90.cuh"
+
+namespace mobi::cuda {
+
+static_assert(kRouteRanks == kParts);
+inline constexpr int kTurnCols = kRouteWarps * 32;            // of a block, 8 to each lane
+inline constexpr int kAllTurnCols = kRouteRanks * kTurnCols;  // of the cluster
+inline constexpr int kMaxTurns = 8;                           // of W1
+inline constexpr int kHeldTurns = 4;                          // in registers; the others: Later
+inline constexpr int kMeasuredAlone = 2;                      // tokens whose rows a block reads
+inline constexpr int kMaxNormTurns = 4;                       // of a norm's weight, held in shared
+
+// Of at most eight tokens, a warpgroup of its own chooses levels while the others multiply at
+// those that the same tokens' linear had the last time.
+template <int N>
+inline constexpr bool kRunsAhead = N <= 8;
+inline constexpr int kMultiplyBarrier = 1, kChooseBarrier = 2;
+
+// What the head of the kernel keeps in shared memory.
+template <int N, int W>
+struct RouteHead {
+  static constexpr int kSumWidth = kMaxFusedRouterHidden + 1;
+  // Who chooses: a warpgroup of its own, or all.
+  static constexpr int kFirstThread = kRunsAhead<N> ? 128 * W : 0;
+  static constexpr int kThreads = kRunsAhead<N> ? 128 : 128 * W;
+  static __device__ __forceinline__ int Thread() {
+    return static_cast<int>(threadIdx.x) - kFirstThread;
+  }
+  float sums[kRouteWarps][N][kSumWidth];  // W1 x and the sum of squares, by columns of a warp
+  float partials[kRouteRanks][N][kSumWidth];
+  float hidden[N][kMaxFusedRouterHidden];
+  float squares[N][kRouteRanks * kRouteWarps];   // of a norm's input
+  float norm_weight[kMaxNormTurns * kTurnCols];  // of this block's columns
+  float losses[N][kMaxScores];
+  float w2[kMaxScores][kMaxFusedRouterHidden + 1];
+  float b2[kMaxScores];
+  float b1[kMaxFusedRouterHidden];
+  float u[kMaxFusedRouterHidden];
+  // The batch, fetched while x is.
+  float price[N];
+  double inverse_price[N];
+  int pinned_level;  // the highest that is read whatever the others choose; 0: none
+  uint8_t min_level[N], max_level[N];
+  uint8_t levels[kMaxSegments][N];  // 0 where there is no token
+  uint32_t present;                 // 4 bits per segment: levels that occur among the tokens
+  int pinned[kThreads / 32];
+  double together[kMaxScores];
+};
+
+template <int N, int W>
+struct Decode90Head : DecodeWarp90<N, W, false, kRunsAhead<N>> {
+  using Base = DecodeWarp90<N, W, false, kRunsAhead<N>>;
+  using Base::first_group;
+  using Base::GroupOf;
+  using Base::Items;
+  using Base::kWarps;
+  using Base::lane;
+  using Base::num_tokens;
+  using Base::plan;
+  using Base::rank;
+  using Base::shared;
+  using Base::TokenOf;
+  using Base::warp;
+  using Head = RouteHead<N, W>;
+  static constexpr int kThreads = Head::kFirstThread + Head::kThreads, kAllWarps = kThreads / 32;
+  static constexpr int kRouters = Head::kThreads / 32;  // warps that choose, the last ones
+  static constexpr int kEights = (N + 7) / 8;           // of tokens, W1's operand
+  static constexpr int kW1Warps = 2 * kRouteWarps;  // a warp has one of two tiles of hidden units
+  static_assert(kWarps >= kW1Warps);
+
+  const RouteParams& r;
+  Head& s;
+  int tid, turns;
+  uint4 w1[kHeldTurns][2];
+
+  __device__ __forceinline__ Decode90Head(const SlicedProblem& problem, const Decode90Plan& plan,
+                                          const RouteParams& route, uint8_t* memory)
+      : Base(problem, plan, memory), r(route), s(*reinterpret_cast<Head*>(memory + plan.head)) {
+    tid = threadIdx.x;
+    turns = r.cols / kAllTurnCols;
+    this->chosen = SquaresArrive() + 8;
+    this->choice = &s.present;
+  }
+
+  __device__ __forceinline__ bool Chooses() const { return warp >= kAllWarps - kRouters; }
+
+  // Count what the cluster's blocks send: their sums, and the squares of a norm's input.
+  __device__ __forceinline__ uint32_t SumsArrive() const {
+    return ptx::SharedAddress(shared) + plan.head_barriers;
+  }
+  __device__ __forceinline__ uint32_t SquaresArrive() const { return SumsArrive() + 8; }
+  __device__ __forceinline__ bool SharesSquares() const {
+    return r.input == RouteInput::kNorm && num_tokens > kMeasuredAlone;
+  }
+  // The first column, of the block's, of this lane's eight in a turn.
+  __device__ __forceinline__ int TurnCol(int turn) const {
+    return turn * kTurnCols + warp % kRouteWarps * 32 + lane % 4 * 8;
+  }
+
+  // ---- Before the previous kernel has ended: weights.
+
+  // This lane's 16 bytes of turn kHeldTurns + turn, row half h, in the ring: not in use yet.
+  __device__ __forceinline__ uint8_t* Later(int turn, int h) const {
+    return shared + plan.ring + ((turn * 2 + h) * kW1Warps * 32 + tid) * 16;
+  }
+
+  // This warp's rows of W1.
+  __device__ __forceinline__ void LoadW1() {
+    if (warp >= kW1Warps) return;
+    // Rows beyond the last repeat it; nothing of them is used.
+    const int first_row = warp / kRouteWarps * 16 + lane / 4, last_row = r.num_hidden - 1;
+    const half* const from = r.w1 + rank * turns * kTurnCols + TurnCol(0);
+    const half* const rows[2] = {
+        from + min(first_row, last_row) * static_cast<int>(r.w1_stride),
+        from + min(first_row + 8, last_row) * static_cast<int>(r.w1_stride)};
+#pragma unroll
+    for (int turn = 0; turn < kMaxTurns; ++turn) {
+      if (turn >= turns) break;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const half* const at = rows[h] + turn * kTurnCols;
+        if (turn < kHeldTurns) {
+          w1[turn][h] = *reinterpret_cast<const uint4*>(at);
+        } else {
+          ptx::CopyAsync16(ptx::SharedAddress(Later(turn - kHeldTurns, h)), at);
+        }
+      }
+    }
+  }
+
+  // The rest is of the warps that choose.
+  __device__ __forceinline__ void LoadHead() const {
+    const int of_block = turns * kTurnCols;
+    if (r.input == RouteInput::kNorm) {
+      for (int i = Head::Thread() * 4; i < of_block; i += Head::kThreads * 4) {
+        ptx::CopyAsync16(ptx::SharedAddress(s.norm_weight + i),
+                         r.norm_weight + rank * of_block + i);
+      }
+    }
+    const bool hidden = lane < r.num_hidden;
+    const int first = Head::Thread() / 32;
+    for (int row = first; row < r.num_segments * kNumLevels; row += kRouters) {
+      if (hidden) {
+        ptx::CopyAsync4(ptx::SharedAddress(&s.w2[row][lane]),
+                        r.w2 + row * static_cast<int>(r.w2_stride) + lane);
+      }
+      if (lane == 0) ptx::CopyAsync4(ptx::SharedAddress(s.b2 + row), r.b2 + row);
+    }
+    if (first == 0 && hidden) ptx::CopyAsync4(ptx::SharedAddress(s.b1 + lane), r.b1 + lane);
+    if (first == 1 && hidden) ptx::CopyAsync4(ptx::SharedAddress(s.u + lane), r.u + lane);
+    ptx::CommitCopies();
+    for (int i = Head::Thread(); i < kMaxSegments * N; i += Head::kThreads)
+      s.levels[i / N][i % N] = 0;
+    if (Head::Thread() == 0) s.present = 0;
+  }
+
+  // By one thread, for all of the cluster.
+  __device__ __forceinline__ void MakeHeadBarriers() const {
+    if (Head::Thread() != 0) return;
+    ptx::BarrierInit(SumsArrive(), 1);
+    ptx::BarrierInit(SquaresArrive(), 1);
+    ptx::BarrierInit(this->chosen, 1);
+    ptx::FenceBarrierInit();
+    ptx::BarrierArriveExpecting(SumsArrive(), kRouteRanks * num_tokens * Head::kSumWidth * 4);
+    ptx::BarrierArriveExpecting(SquaresArrive(), kRouteRanks * num_tokens * kRouteWarps * 4);
+  }
+
+  // The cluster that writes what concerns all: the last, whose run is not a long one.
+  __device__ __forceinline__ bool Speaks() const { return blockIdx.x >= gridDim.x - kParts; }
+
+  // ---- x.
+
+  // How this lane's token is routed: asked for with x, used long after. By a warp that has time.
+  __device__ __forceinline__ bool KeepsBatch() const { return warp == kWarps - 1; }
+  struct OfBatch {
+    float price;
+    uint8_t min_level, max_level;
+  };
+  __device__ __forceinline__ OfBatch LoadBatch() const {
+    OfBatch own{};
+    if (KeepsBatch() && lane < num_tokens) {
+      own = {__ldcg(r.batch.price + lane), __ldcg(r.batch.min_level + lane),
+             __ldcg(r.batch.max_level + lane)};
+    }
+    return own;
+  }
+  __device__ __forceinline__ void StoreBatch(const OfBatch& own) const {
+    if (!KeepsBatch()) return;
+    const uint32_t pinned = own.min_level == own.max_level ? own.max_level : 0;
+    const int highest = static_cast<int>(__reduce_max_sync(kFullWarp, pinned));
+    if (lane == 0) s.pinned_level = highest;
+    if (lane >= num_tokens) return;
+    s.price[lane] = own.price, s.inverse_price[lane] = 1.0 / own.price;
+    s.min_level[lane] = own.min_level, s.max_level[lane] = own.max_level;
+  }
+
+  // Sums of squares of the tokens' rows, by the warps that multiply. Of few tokens, every block
+  // reads the whole rows.
+  __device__ __forceinline__ void Measure() const {
+    if (SharesSquares()) return ShareSquares();
+    constexpr int kLanes = kRouteRanks * kRouteWarps * 4;
+    static_assert(kMeasuredAlone * kLanes <= 32 * kWarps);
+    const int token = tid / kLanes, at = tid % kLanes;
+    if (token >= num_tokens) return;
+    const float squares = Squares(token, at / 32, at % 32);
+    if (at % 4 == 0) s.squares[token][at / 4] = squares;
+  }
+
+  // Of many, a block reads its own columns, a warp one token, and the cluster shares the sums.
+  __device__ __forceinline__ void ShareSquares() const {
+#pragma unroll 1
+    for (int token = warp; token < num_tokens; token += kWarps) {
+      const float squares = Squares(token, rank, lane);
+      const uint32_t to = ptx::SharedAddress(&s.squares[token][rank * kRouteWarps + lane / 4]);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int k = lane % 4 * 2 + i;
+        ptx::StoreClusterAsync(ptx::MapToRank(to, k), squares, ptx::MapToRank(SquaresArrive(), k));
+      }
+    }
+    ptx::BarrierWait(SquaresArrive(), 0);
+  }
+
+  // Of the columns of one of route.cu's warps, all of its four lanes get them.
+  __device__ __forceinline__ float Squares(int token, int of_rank, int at) const {
+    const auto* const row = static_cast<const half*>(r.source) +
+                            token * static_cast<int>(r.source_stride) +
+                            of_rank * turns * kTurnCols + at * 8;
+    uint4 words[kMaxNormTurns];
+#pragma unroll
+    for (int turn = 0; turn < kMaxNormTurns; ++turn) {
+      if (turn >= turns) break;
+      words[turn] = __ldcg(reinterpret_cast<const uint4*>(row + turn * kTurnCols));
+    }
+    float squares = 0;
+#pragma unroll
+    for (int turn = 0; turn < kMaxNormTurns; ++turn) {
+      if (turn >= turns) break;
+      AddSquares(words[turn], squares);
+    }
+    return QuadSum(squares);
+  }
+
+  // 1 / rms of this half warp's token.
+  __device__ __forceinline__ float Scale(int token) const {
+    float sum = 0, total = 0;
+#pragma unroll
+    for (int w = 0; w < kRouteWarps; ++w) sum += s.squares[token][lane % 8 * kRouteWarps + w];
+#pragma unroll
+    for (int k = 0; k < kRouteRanks; ++k) {
+      total += __shfl_sync(kFullWarp, sum, lane / 16 * 16 + k);
+    }
+    return rsqrtf(total / static_cast<float>(r.cols) + r.eps);
+  }
+
+  static __device__ __forceinline__ void AddSquares(const uint4& words, float& squares) {
+    const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 v = Unpack<half>(pairs[i]);
+      squares = fmaf(v.x, v.x, squares);
+      squares = fmaf(v.y, v.y, squares);
+    }
+  }
+
+  // Eight columns of a token: of x, or of what x is made of.
+  struct Eight {
+    uint4 first;
+    uint4 up;  // SwiGLU's second half
+  };
+  // An item is a group of two tokens, half a warp each, as in StageX.
+  __device__ __forceinline__ Eight ReadSource(int item) const {
+    Eight v{};
+    const int token = TokenOf(item), col = GroupOf(item) * kGroupSize + lane % 16 * 8;
+    if (item >= Items() || token >= num_tokens) return v;
+    const bool plain = r.input == RouteInput::kPlain;
+    const auto* const from = static_cast<const half*>(plain ? r.x : r.source) +
+                             token * static_cast<int>(plain ? r.x_stride : r.source_stride) +
+                             first_group * kGroupSize + col;
+    v.first = __ldcg(reinterpret_cast<const uint4*>(from));
+    if (r.input == RouteInput::kSwiGlu) {
+      v.up = __ldcg(reinterpret_cast<const uint4*>(from + r.cols));
+    }
+    return v;
+  }
+
+  // The item's elements of x, to shared memory.
+  __device__ __forceinline__ void Make(int item, Eight v) const {
+    const int token = TokenOf(item), col = GroupOf(item) * kGroupSize + lane % 16 * 8;
+    float scale = 0;
+    if (r.input == RouteInput::kNorm) scale = Scale(token);
+    if (token >= num_tokens) return;
+    uint32_t words[4] = {v.first.x, v.first.y, v.first.z, v.first.w};
+    if (r.input == RouteInput::kNorm) {
+      float weight[8];
+      Load8(s.norm_weight + col, 8, true, weight);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float2 pair = Unpack<half>(words[i]);
+        pair.x *= scale * weight[2 * i];
+        pair.y *= scale * weight[2 * i + 1];
+        words[i] = Pack<half>(pair.x, pair.y);
+      }
+    } else if (r.input == RouteInput::kSwiGlu) {
+      const uint32_t ups[4] = {v.up.x, v.up.y, v.up.z, v.up.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 gate = Unpack<half>(words[i]), up = Unpack<half>(ups[i]);
+        words[i] = Pack<half>(Silu(gate.x) * up.x, Silu(gate.y) * up.y);
+      }
+    }
+    const uint4 made = make_uint4(words[0], words[1], words[2], words[3]);
+    *this->OwnHalves(GroupOf(item), token) = made;
+    if (r.input != RouteInput::kPlain && Speaks()) {
+      *reinterpret_cast<uint4*>(static_cast<half*>(r.x) + token * r.x_stride +
+                                first_group * kGroupSize + col) = made;
+    }
+  }
+
+  // Items go to all warps, first to those that choose.
+  __device__ __forceinline__ void MakeX() const {
+    const int first_item = kRunsAhead<N> ? (warp + kRouters) % kAllWarps : warp;
+    Eight v = ReadSource(first_item);
+    const OfBatch own = LoadBatch();
+    ptx::ClusterWait();  // every block has begun, and may be sent to
+    if (!kRunsAhead<N>) ptx::ClusterArriveRelaxed();
+    if (r.input == RouteInput::kNorm) {
+      if (warp < kWarps) Measure();
+      ptx::WaitCopies<0>();  // the norm's weight
+      __syncthreads();
+    }
+#pragma unroll 1
+    for (int item = first_item; item < Items(); item += kAllWarps) {
+      const Eight next = ReadSource(item + kAllWarps);
+      Make(item, v);
+      v = next;
+    }
+    StoreBatch(own);
+    ptx::WaitCopies<0>();
+  }
+
+  // ---- The router.
+
+  // sums = W1 x and the sums of squares, over the columns of each warp. Tokens beyond the last
+  // bring what lies in memory; nothing of them is used.
+  __device__ __forceinline__ void MultiplyW1() {
+    if (warp >= kW1Warps) return;
+    const int g = lane / 4, t = lane % 4, of_hidden = warp / kRouteWarps, w = warp % kRouteWarps;
+    float sums[kEights][4] = {}, squares[kEights] = {};
+    // Where Make put this lane's eight columns of the first turn.
+    const int group = w / 4, of_token = w % 4;
+    constexpr int kTurnGroups = kTurnCols / kGroupSize;
+#pragma unroll
+    for (int turn = 0; turn < kMaxTurns; ++turn) {
+      if (turn >= turns) break;
+      uint4 a[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        a[h] = turn < kHeldTurns ? w1[turn % kHeldTurns][h]
+                                 : *reinterpret_cast<const uint4*>(Later(turn - kHeldTurns, h));
+      }
+      const uint32_t low[4] = {a[0].x, a[1].x, a[0].y, a[1].y};
+      const uint32_t high[4] = {a[0].z, a[1].z, a[0].w, a[1].w};
+#pragma unroll
+      for (int n = 0; n < kEights; ++n) {
+        const uint4 x =
+            *this->HalvesAt(group + turn * kTurnGroups, min(8 * n + g, N - 1), t, of_token);
+        if (of_hidden == 0) AddSquares(x, squares[n]);
+        Mma<half>(sums[n], low, x.x, x.y);
+        Mma<half>(sums[n], high, x.z, x.w);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kEights; ++n) {
+      const float of_token = QuadSum(squares[n]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int token = 8 * n + 2 * t + i % 2;
+        if (token < N) s.sums[w][token][16 * of_hidden + g + 8 * (i / 2)] = sums[n][i];
+      }
+      if (of_hidden == 0 && t == 0 && 8 * n + g < N)
+        s.sums[w][8 * n + g][Head::kSumWidth - 1] = of_token;
+    }
+  }
+
+  // Every block of the cluster gets every block's sums.
+  __device__ __forceinline__ void Share() const {
+    const int values = num_tokens * Head::kSumWidth;
+#pragma unroll 1
+    for (int e = Head::Thread(); e < values; e += Head::kThreads) {
+      const int token = e / Head::kSumWidth, at = e % Head::kSumWidth;
+      float sum = 0;
+#pragma unroll
+      for (int w = 0; w < kRouteWarps; ++w) sum += s.sums[w][token][at];
+      const uint32_t to = ptx::SharedAddress(&s.partials[rank][token][at]);
+#pragma unroll
+      for (int receiver = 0; receiver < kRouteRanks; ++receiver) {
+        ptx::StoreClusterAsync(ptx::MapToRank(to, receiver), sum,
+                               ptx::MapToRank(SumsArrive(), receiver));
+      }
+    }
+  }
+};
+
+}  // namespace mobi::cuda
+
+#endif  // MOBI_KERNELS_CUDA_SLICED_MATMUL_DECODE90_HEAD_CUH_
