@@ -198,12 +198,16 @@ struct Decode90Head : DecodeWarp90<N, W, false, kRunsAhead<N>> {
   }
   __device__ __forceinline__ void StoreBatch(const OfBatch& own) const {
     if (!KeepsBatch()) return;
-    const uint32_t pinned = own.min_level == own.max_level ? own.max_level : 0;
-    const int highest = static_cast<int>(__reduce_max_sync(kFullWarp, pinned));
-    if (lane == 0) s.pinned_level = highest;
-    if (lane >= num_tokens) return;
-    s.price[lane] = own.price, s.inverse_price[lane] = 1.0 / own.price;
-    s.min_level[lane] = own.min_level, s.max_level[lane] = own.max_level;
+    if (lane < num_tokens) {
+      s.price[lane] = own.price;
+      s.min_level[lane] = own.min_level, s.max_level[lane] = own.max_level;
+    }
+    if constexpr (kRunsAhead<N>) {  // what one warp needs to choose for all
+      const uint32_t pinned = own.min_level == own.max_level ? own.max_level : 0;
+      const int highest = static_cast<int>(__reduce_max_sync(kFullWarp, pinned));
+      if (lane == 0) s.pinned_level = highest;
+      if (lane < num_tokens) s.inverse_price[lane] = 1.0 / own.price;
+    }
   }
 
   // Sums of squares of the tokens' rows, by the warps that multiply. Of few tokens, every block
