@@ -266,6 +266,12 @@ __device__ __forceinline__ void BulkCopy(uint32_t shared, const void* global, ui
 #endif
 }
 
+__device__ __forceinline__ void BulkPrefetch(const void* global, uint32_t bytes) {
+#if MOBI_SM90
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+#endif
+}
+
 // Makes ordinary writes to shared memory visible to wgmma.
 __device__ __forceinline__ void FenceAsyncProxy() {
 #if MOBI_SM90

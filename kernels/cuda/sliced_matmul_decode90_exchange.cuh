@@ -61,14 +61,13 @@ struct Decode90Exchange : Decode90Place {
     return static_cast<int>(threadIdx.x) - slot * SlotThreads();
   }
 
-  // Before the first round: by one warp per unit, for the cluster.
+  // Before the first round: by one thread per unit, for the cluster. First of all, as the fence
+  // waits for what the thread has loaded.
   __device__ __forceinline__ void MakeBarriers() const {
-    if (warp % (4 << plan.parts_log) != 0) return;
-    for (int round = lane; round < plan.round_buffers; round += 32) {
-      ptx::BarrierInit(SumsBarrier(round, slot), 1);
-      ptx::FenceBarrierInit();  // it waits for what this thread has loaded: so first of all
-      Expect(round);
-    }
+    if (SlotThread() != 0) return;
+    for (int i = 0; i < plan.round_buffers; ++i) ptx::BarrierInit(SumsBarrier(i, slot), 1);
+    ptx::FenceBarrierInit();
+    for (int i = 0; i < plan.round_buffers; ++i) Expect(i);
   }
 
   // Lets the round's barrier wait for all parts. One thread per unit.

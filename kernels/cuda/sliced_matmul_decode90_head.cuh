@@ -171,7 +171,7 @@ struct Decode90Head : DecodeWarp90<N, W, false, kRunsAhead<N>> {
     if (Head::Thread() != 0) return;
     ptx::BarrierInit(SumsArrive(), 1);
     ptx::BarrierInit(SquaresArrive(), 1);
-    ptx::BarrierInit(this->chosen, 1);
+    ptx::BarrierInit(this->chosen, 32);
     ptx::FenceBarrierInit();
     ptx::BarrierArriveExpecting(SumsArrive(), kRouteRanks * num_tokens * Head::kSumWidth * 4);
     ptx::BarrierArriveExpecting(SquaresArrive(), kRouteRanks * num_tokens * kRouteWarps * 4);

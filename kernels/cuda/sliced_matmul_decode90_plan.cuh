@@ -20,7 +20,8 @@ template <int N>
 inline constexpr bool kUsesMma = N <= 8;
 inline constexpr int kTileTokens = 4;  // of a tile of 8 columns: two for each
 inline constexpr int kTileXBytes = 2 * kTileTokens * kGroupSize;  // of a group
-inline constexpr int kStages = 2;     // of a warp's ring: more are slower, the first fill is longer
+inline constexpr int kStages = 2;  // of a warp's ring: more are slower, the first fill is longer
+inline constexpr int kPrefetchBytes = 4096;  // per warp, of the first slice
 inline constexpr int kChunkRows = 8;  // of a unit: what one warp's lanes hold of one row half
 
 // One stage of a warp's ring: 4 slices of one group, 2 slices of two, or one slice of four, and

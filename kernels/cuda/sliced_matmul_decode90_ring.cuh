@@ -144,6 +144,16 @@ struct Decode90Ring : Decode90X<N, W, kBf16, kAhead> {
     present = __reduce_or_sync(~0u, levels);
   }
 
+  // Asks the first slice of the first rows into L2, where a router comes first; a lane asks for
+  // those of one round.
+  __device__ __forceinline__ void Prefetch() const {
+    const int of_round = (end - begin) * kTileBytes, bytes = kPrefetchBytes - lane * of_round;
+    if (lane < MyRounds() && bytes > 0) {
+      ptx::BulkPrefetch(p.slices[0] + size_t{FirstOf(lane)} * 32, min(of_round, bytes));
+    }
+    __syncwarp();
+  }
+
   // ---- The ring.
 
   static_assert(kStages == 2);  // `stage` changes to the other

@@ -53,12 +53,20 @@ cudaError_t Launch(const SlicedMatmulLaunch& launch, const SlicedProblem& proble
   return cudaLaunchKernelEx(&config, kernel, problem, plan, route);
 }
 
+// Calls with the tokens of a block and its warpgroups that multiply as template arguments.
+template <typename Call>
+auto ForTokens(int num_tokens, const Call& call) {
+  if (num_tokens <= 4) return call.template operator()<4, 4>();
+  if (num_tokens <= 8) return call.template operator()<8, 4>();
+  return call.template operator()<16, 5>();
+}
+
 bool Fits(const SlicedMatmulLaunch& launch, const SlicedProblem& problem) {
-  Decode90Plan plan;
-  int clusters;
-  if (problem.num_tokens <= 4) return MakePlan<4, 4>(launch, problem, &clusters, plan);
-  if (problem.num_tokens <= 8) return MakePlan<8, 4>(launch, problem, &clusters, plan);
-  return MakePlan<16, 5>(launch, problem, &clusters, plan);
+  return ForTokens(problem.num_tokens, [&]<int N, int W>() {
+    Decode90Plan plan;
+    int clusters;
+    return MakePlan<N, W>(launch, problem, &clusters, plan);
+  });
 }
 
 bool SourceFits(const RouteSource& source, int64_t cols) {
@@ -99,9 +107,8 @@ cudaError_t LaunchRoutedMatmul(const SlicedMatmulLaunch& launch, const RoutedMat
   problem.residual = op.residual.data, problem.residual_stride = op.residual.stride;
   const RouteParams route =
       StateRoute(op.source, op.x, op.linear, op.batch, op.levels, op.levels_stride);
-  if (problem.num_tokens <= 4) return Launch<4, 4>(launch, problem, route);
-  if (problem.num_tokens <= 8) return Launch<8, 4>(launch, problem, route);
-  return Launch<16, 5>(launch, problem, route);
+  return ForTokens(problem.num_tokens,
+                   [&]<int N, int W>() { return Launch<N, W>(launch, problem, route); });
 }
 
 }  // namespace mobi::cuda

@@ -104,8 +104,8 @@ struct RoutedDecode90 : Decode90Head<N, W> {
     }
     occurs = __reduce_or_sync(kFullWarp, occurs);
     if (lane == 0) s.present = occurs;
+    ptx::BarrierArrive(this->chosen);
     __syncwarp();
-    if (lane == 0) ptx::BarrierArrive(this->chosen);
   }
 
   // What the tokens that choose together pay for this lane's score.
@@ -164,6 +164,7 @@ struct RoutedDecode90 : Decode90Head<N, W> {
     this->MakeBarriers();
     this->LoadW1();
     this->LoadHead();
+    this->Prefetch();
     ptx::ClusterArriveRelaxed();  // this block's barriers are ready
     ptx::WaitForPrevious();
     this->MakeX();

@@ -212,7 +212,7 @@ struct Decode90X : Decode90Exchange<N, W, kAhead> {
   __device__ __forceinline__ void EncodeHalves() const {
     for (int item = warp; item < Items(); item += kWarps) {
       const int group = GroupOf(item), token = TokenOf(item);
-      const uint4 v = *OwnHalves(group, min(token, N - 1));
+      const uint4 v = *OwnHalves(group, token);
       __syncwarp();
       Encode(group, token, v);
     }

@@ -308,7 +308,7 @@ TEST_P(BackendSequence, RouteThenMatmulThenAddRmsNorm) {
     for (uint8_t& level : random_levels) level = static_cast<uint8_t>(Uniform(1, kNumLevels));
     const Result alone = run(true, every(0xEE));
     for (const std::vector<uint8_t>& before :
-         {every(0xEE), every(0), every(1), every(3), random_levels, alone.routed.levels}) {
+         {every(0xEE), every(1), random_levels, alone.routed.levels}) {
       const Result guessed = run(false, before);
       ExpectSame(guessed.routed.x, alone.routed.x, what + ": x");
       EXPECT_EQ(guessed.routed.levels, alone.routed.levels) << what;
@@ -320,8 +320,8 @@ TEST_P(BackendSequence, RouteThenMatmulThenAddRmsNorm) {
     }
     ExpectRoutedFrom(alone.routed.x, router, batch, alone.routed);
     const Matrix expected = Matrix::Poisoned(DType::kF32, c.tokens, out_cols);
-    reference::SlicedMatmul(alone.routed.x.view(), router.host.weight,
-                            alone.routed.levels.data(), c.tokens, expected.view());
+    reference::SlicedMatmul(alone.routed.x.view(), router.host.weight, alone.routed.levels.data(),
+                            c.tokens, expected.view());
     Tolerance tolerance = ToleranceOf(Op::kSlicedMatmul, activations());
     if (c.input == kSwiGlu) tolerance.scaled *= 2;  // a group's largest is farther from its rms
     ExpectClose(alone.out, expected, tolerance, what);
