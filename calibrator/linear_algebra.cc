@@ -17,7 +17,8 @@ namespace {
 
 int Int(int64_t value) { return static_cast<int>(value); }
 
-// Where large products are made, when not by BLAS; chosen once for the process, as BLAS' threads.
+// Where large products and factors are made, when not by BLAS and LAPACK; chosen once for the
+// process, as BLAS' threads.
 std::unique_ptr<DeviceProducts>& Device() {
   static std::unique_ptr<DeviceProducts> device;
   return device;
@@ -42,13 +43,20 @@ std::vector<double> ToDouble(ConstMatrixView m) {
   return out;
 }
 
+DeviceProducts::Operand OperandOf(ConstMatrixView m) {
+  return {m.data, m.rows, m.cols, m.stride, false};
+}
+
+// `info` is LAPACK's, and cuSOLVER's.
+absl::Status Factorized(int n, int info) {
+  if (info == 0) return absl::OkStatus();
+  return absl::FailedPreconditionError(
+      absl::StrFormat("Hessian of size %d is not positive definite (pivot %d)", n, info));
+}
+
+// Cholesky's factor L of a: the upper triangle, column-major, becomes L^T.
 absl::Status Factorize(std::vector<double>& a, int n) {
-  const int info = LAPACKE_dpotrf(LAPACK_COL_MAJOR, 'L', n, a.data(), n);
-  if (info != 0) {
-    return absl::FailedPreconditionError(
-        absl::StrFormat("Hessian of size %d is not positive definite (pivot %d)", n, info));
-  }
-  return absl::OkStatus();
+  return Factorized(n, LAPACKE_dpotrf(LAPACK_COL_MAJOR, 'U', n, a.data(), n));
 }
 
 }  // namespace
@@ -127,30 +135,39 @@ void MirrorLower(MatrixView m) {
   }
 }
 
+// With J the identity turned end for end and L L^T = J h J, the upper triangular J L^-1 J is the
+// factor: its square is J (L L^T)^-1 J = h^-1. Half the work of a Cholesky of h^-1, which needs
+// h^-1.
 absl::Status InverseFactor(ConstMatrixView h, Matrix& factor) {
   const int n = Int(h.rows);
-  std::vector<double> a = ToDouble(h);
-  MOBI_RETURN_IF_ERROR(Factorize(a, n));
-  if (LAPACKE_dpotri(LAPACK_COL_MAJOR, 'L', n, a.data(), n) != 0) {
-    return absl::FailedPreconditionError("Hessian cannot be inverted");
-  }
-  // h^-1 = L L^T column-major with L lower; read row-major, that L^T is the upper factor.
-  MOBI_RETURN_IF_ERROR(Factorize(a, n));
   factor = Matrix(n, n);
+  if (DeviceProducts* device = Device().get(); device != nullptr) {
+    const auto info = device->InverseFactor(OperandOf(h), factor.data(), n);
+    if (info.has_value()) return Factorized(n, *info);
+  }
+  std::vector<double> a = ToDouble(h);
+  std::reverse(a.begin(), a.end());
+  MOBI_RETURN_IF_ERROR(Factorize(a, n));
+  MOBI_RETURN_IF_ERROR(Factorized(n, LAPACKE_dtrtri(LAPACK_COL_MAJOR, 'U', 'N', n, a.data(), n)));
   for (int64_t i = 0; i < n; ++i) {
-    for (int64_t j = i; j < n; ++j) factor(i, j) = static_cast<float>(a[i * n + j]);
+    const double* last = a.data() + a.size() - 1 - i * n;
+    for (int64_t j = i; j < n; ++j) factor(i, j) = static_cast<float>(last[-j]);
   }
   return absl::OkStatus();
 }
 
 absl::Status SolveRows(ConstMatrixView h, ConstMatrixView b, Matrix& x) {
   const int n = Int(h.rows);
+  x = Matrix(b.rows, b.cols);
+  if (DeviceProducts* device = Device().get(); device != nullptr) {
+    const auto info = device->SolveRows(OperandOf(h), OperandOf(b), x.data(), b.cols);
+    if (info.has_value()) return Factorized(n, *info);
+  }
   std::vector<double> a = ToDouble(h);
   std::vector<double> rhs = ToDouble(b);
   MOBI_RETURN_IF_ERROR(Factorize(a, n));
   // Rows of a row-major b are the columns of the column-major right-hand side.
-  LAPACKE_dpotrs(LAPACK_COL_MAJOR, 'L', n, Int(b.rows), a.data(), n, rhs.data(), n);
-  x = Matrix(b.rows, b.cols);
+  LAPACKE_dpotrs(LAPACK_COL_MAJOR, 'U', n, Int(b.rows), a.data(), n, rhs.data(), n);
   std::copy(rhs.begin(), rhs.end(), x.data());
   return absl::OkStatus();
 }

@@ -1,7 +1,7 @@
 // The dense linear algebra that calibration needs, over BLAS and LAPACK: products, Gram matrices,
-// factors of symmetric positive definite matrices. One place, so that another library can stand
-// behind it: cuBLAS does for large products (kernels/device_products.h). Thread-safe; large calls
-// use the threads of SetBlasThreads.
+// factors of symmetric positive definite matrices. One place, so that other libraries can stand
+// behind it: cuBLAS and cuSOLVER do for large ones (kernels/device_products.h). Thread-safe; large
+// calls use the threads of SetBlasThreads.
 #ifndef MOBI_CALIBRATOR_LINEAR_ALGEBRA_H_
 #define MOBI_CALIBRATOR_LINEAR_ALGEBRA_H_
 
@@ -24,8 +24,8 @@ void SetBlasThreads(int num_threads);
 // OPENBLAS_CORETYPE in the environment of a new process.
 std::string BetterBlasKernels();
 
-// "cpu", or "cuda": large products are made there from now on. Global to the process as well.
-// UNAVAILABLE says why there is no such device. No DeviceCopy may live meanwhile.
+// "cpu", or "cuda": large products and factors are made there from now on. Global to the process as
+// well. UNAVAILABLE says why there is no such device. No DeviceCopy may live meanwhile.
 absl::Status UseDevice(std::string_view device);
 
 // While it lives, products find this matrix, and any part of it, on the device: for operands of

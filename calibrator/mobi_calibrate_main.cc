@@ -31,7 +31,8 @@ ABSL_FLAG(int, samples, 320, "sequences to calibrate on");
 ABSL_FLAG(int, seq_len, 0, "tokens in a sequence; 0: 1024 or the model's context");
 ABSL_FLAG(uint64_t, seed, 1, "chooses the sequences and the routers' start");
 ABSL_FLAG(int, threads, 0, "threads; 0: one per core");
-ABSL_FLAG(std::string, device, "cpu", "cpu, or cuda: large products are made there");
+ABSL_FLAG(std::string, device, "cpu",
+          "cpu, or cuda: large products and factorizations are made there");
 
 namespace mobi {
 namespace {

@@ -1,4 +1,4 @@
-// Without CUDA there is no device to multiply on.
+// Without CUDA there is no device to work on.
 #include "kernels/device_products.h"
 
 #ifndef MOBI_WITH_CUDA
@@ -7,7 +7,8 @@
 
 namespace mobi {
 
-struct DeviceProducts::Lane {};
+class DeviceLane {};
+struct DeviceSolver {};
 DeviceProducts::DeviceProducts() = default;
 DeviceProducts::~DeviceProducts() = default;
 
@@ -18,6 +19,10 @@ std::unique_ptr<DeviceProducts> DeviceProducts::Create(std::string& error) {
 
 // Nobody has an instance.
 bool DeviceProducts::Multiply(const Operand&, const Operand&, float, float, float*, int64_t) {
+  std::abort();
+}
+std::optional<int> DeviceProducts::InverseFactor(const Operand&, float*, int64_t) { std::abort(); }
+std::optional<int> DeviceProducts::SolveRows(const Operand&, const Operand&, float*, int64_t) {
   std::abort();
 }
 bool DeviceProducts::Keep(const float*, int64_t) { std::abort(); }

@@ -1,7 +1,8 @@
-// Matrix products of host memory on a CUDA device: operands go up, cuBLAS multiplies in fp32, the
-// result comes back. What many products read can be kept there. Calls from several threads run side
-// by side, each on a stream of its own. Beside the backend: for offline work whose matrices stay on
-// the host (calibrator/linear_algebra.h).
+// Matrix products and factorizations of host memory on a CUDA device: operands go up, cuBLAS
+// multiplies in fp32 or cuSOLVER factorizes in double, the result comes back. What many products
+// read can be kept there. Products from several threads run side by side, each on a stream of its
+// own; factorizations one after the other. Beside the backend: for offline work whose matrices stay
+// on the host (calibrator/linear_algebra.h).
 #ifndef MOBI_KERNELS_DEVICE_PRODUCTS_H_
 #define MOBI_KERNELS_DEVICE_PRODUCTS_H_
 
@@ -14,6 +15,9 @@
 #include <vector>
 
 namespace mobi {
+
+class DeviceLane;
+struct DeviceSolver;
 
 class DeviceProducts {
  public:
@@ -34,13 +38,20 @@ class DeviceProducts {
   bool Multiply(const Operand& a, const Operand& b, float alpha, float beta, float* out,
                 int64_t out_stride);
 
+  // factor [n, n] = the upper triangular U with h^-1 = U^T U, h [n, n] symmetric positive definite;
+  // x [m, n] with x h = b, b [m, n]. In double; `stride` is that of the result's rows. 0: done; i >
+  // 0: the leading minor of order i (of h turned end for end, for the factor) is not positive, the
+  // result is not written. Null, with nothing done, where the host is the better place: h is small,
+  // or there is no room for it.
+  std::optional<int> InverseFactor(const Operand& h, float* factor, int64_t stride);
+  std::optional<int> SolveRows(const Operand& h, const Operand& b, float* x, int64_t stride);
+
   // Until Forget, products that read any part of [data, data + count) read a copy on the device.
   // The host's values must stay what they are meanwhile. False when there is no room for it.
   bool Keep(const float* data, int64_t count);
   void Forget(const float* data);
 
  private:
-  struct Lane;  // a stream, a cuBLAS handle, device memory and pinned memory to copy through
   // An operand on the device.
   struct Placed {
     const float* data;
@@ -51,13 +62,15 @@ class DeviceProducts {
     int64_t count;
   };
   DeviceProducts();
-  std::unique_ptr<Lane> Take();
-  void GiveBack(std::unique_ptr<Lane> lane);
+  std::unique_ptr<DeviceLane> Take();
+  void GiveBack(std::unique_ptr<DeviceLane> lane);
   std::optional<Placed> Find(const Operand& x);
 
   std::mutex mutex_;
-  std::vector<std::unique_ptr<Lane>> idle_;
+  std::vector<std::unique_ptr<DeviceLane>> idle_;
   std::map<const float*, Kept> kept_;  // by where it begins on the host
+  std::mutex solver_mutex_;
+  std::unique_ptr<DeviceSolver> solver_;  // from the first factorization on
 };
 
 }  // namespace mobi

@@ -2,6 +2,10 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
 #include "calibrator/parallel.h"
 #include "tests/calibrator/random_matrix.h"
 
@@ -61,7 +65,7 @@ TEST(LinearAlgebraTest, SolveSmallSolves) {
   EXPECT_NEAR(-1 * b[0] + 0.5 * b[1] + 2 * b[2], 3, 1e-12);
 }
 
-// Products large enough for a device.
+// Products and matrices large enough for a device.
 class DeviceTest : public testing::Test {
  protected:
   static constexpr int64_t kM = 300, kN = 520, kK = 400;
@@ -127,6 +131,83 @@ TEST_F(DeviceTest, CopiesInPiecesSideBySide) {
   Matrix host(6000, 700);
   MultiplyTransposed(a, b, host);
   for (const Matrix& m : device) ExpectNear(m, host);
+}
+
+// Factors and solutions of Hessians of several sizes, the larger ones read as pieces of a matrix.
+std::vector<Matrix> Factors() {
+  std::vector<Matrix> out;
+  for (const int64_t n : {512, 701, 1408}) {
+    const Matrix h = RandomHessian(n, 11), b = RandomMatrix(n / 3, n, 12);
+    EXPECT_TRUE(InverseFactor(h, out.emplace_back()).ok());
+    EXPECT_TRUE(SolveRows(h, b, out.emplace_back()).ok());
+    const ConstMatrixView piece = ConstMatrixView(h).Rows(1, 600).Columns(1, 600);
+    if (n <= piece.rows) continue;
+    EXPECT_TRUE(InverseFactor(piece, out.emplace_back()).ok());
+    EXPECT_TRUE(
+        SolveRows(piece, ConstMatrixView(b).Rows(2, 1).Columns(3, 600), out.emplace_back()).ok());
+  }
+  return out;
+}
+
+// Both are made in double and differ where that is rounded to fp32.
+TEST_F(DeviceTest, FactorizesAsTheHostDoes) {
+  const auto device = Factors(), again = Factors();
+  ASSERT_TRUE(UseDevice("cpu").ok());
+  const auto host = Factors();
+  ASSERT_EQ(device.size(), host.size());
+  for (size_t i = 0; i < host.size(); ++i) {
+    ASSERT_EQ(device[i].rows(), host[i].rows());
+    ASSERT_EQ(device[i].cols(), host[i].cols());
+    float largest = 0;
+    for (int64_t j = 0; j < host[i].size(); ++j) {
+      largest = std::max(largest, std::abs(host[i].data()[j]));
+    }
+    for (int64_t j = 0; j < host[i].size(); ++j) {
+      ASSERT_NEAR(device[i].data()[j], host[i].data()[j], 1e-6 * largest) << i << " at " << j;
+      ASSERT_EQ(device[i].data()[j], again[i].data()[j]) << i << " at " << j;
+    }
+  }
+}
+
+TEST_F(DeviceTest, RefusesWhatIsNotPositiveDefiniteAsTheHostDoes) {
+  constexpr int64_t n = 650;
+  const Matrix b = RandomMatrix(4, n, 13);
+  const auto refusals = [&](float value) {
+    Matrix h = RandomHessian(n, 14), out;
+    h(400, 400) = value;
+    return std::vector<absl::Status>{InverseFactor(h, out), SolveRows(h, b, out)};
+  };
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const auto device = refusals(-1), device_nan = refusals(nan);
+  ASSERT_TRUE(UseDevice("cpu").ok());
+  const auto host = refusals(-1), host_nan = refusals(nan);
+  for (size_t i = 0; i < host.size(); ++i) {
+    EXPECT_EQ(host[i].code(), absl::StatusCode::kFailedPrecondition);
+    EXPECT_EQ(device[i], host[i]);
+    EXPECT_EQ(device_nan[i].code(), absl::StatusCode::kFailedPrecondition);
+    EXPECT_EQ(host_nan[i].code(), absl::StatusCode::kFailedPrecondition);
+  }
+}
+
+TEST_F(DeviceTest, FactorizesBesideProducts) {
+  const Matrix a = RandomMatrix(900, 640, 15), b = RandomMatrix(700, 640, 16);
+  const Matrix h = RandomHessian(768, 17);
+  const auto run = [&] {
+    std::vector<Matrix> out(8);
+    ParallelFor(4, 8, [&](int64_t i) {
+      if (i % 2 == 0) {
+        EXPECT_TRUE(InverseFactor(h, out[i]).ok());
+        return;
+      }
+      out[i] = Matrix(900, 700);
+      MultiplyTransposed(a, b, out[i]);
+    });
+    return out;
+  };
+  const auto device = run();
+  ASSERT_TRUE(UseDevice("cpu").ok());
+  const auto host = run();
+  for (size_t i = 0; i < host.size(); ++i) ExpectNear(device[i], host[i]);
 }
 
 }  // namespace
