@@ -116,7 +116,7 @@ void BlockPass::AdvanceSequence(LinearGroup group, int64_t stream, int64_t seque
       RmsNorm(hidden, weights_.input_norm, config_.rms_norm_eps, out);
       break;
     case LinearGroup::kO: {
-      Matrix qkv(length, weight->rows());
+      Matrix qkv = Matrix::Unfilled(length, weight->rows());
       MultiplyTransposed(InputOf(stream, sequence), *weight, qkv);
       Attend({config_, rope_, length}, qkv, out);
       break;
@@ -126,7 +126,7 @@ void BlockPass::AdvanceSequence(LinearGroup group, int64_t stream, int64_t seque
       RmsNorm(hidden, weights_.post_attention_norm, config_.rms_norm_eps, out);
       break;
     case LinearGroup::kDown: {
-      Matrix gate_up(length, weight->rows());
+      Matrix gate_up = Matrix::Unfilled(length, weight->rows());
       MultiplyTransposed(InputOf(stream, sequence), *weight, gate_up);
       SwiGlu(gate_up, out);
       break;
@@ -142,7 +142,7 @@ void BlockPass::AdvanceFloatDown() {
   const InputSums start(fits_ ? down.cols() : 0, 0);
   float_down_ =
       Sum(down.cols(), start, [&](int64_t first, int64_t count, int threads, InputSums& sums) {
-        Matrix input(count, down.cols());
+        Matrix input = Matrix::Unfilled(count, down.cols());
         ParallelFor(threads, count / length, [&](int64_t i) {
           const int64_t sequence = first / length + i;
           const MatrixView rows = MatrixView(input).Rows(i * length, length);
@@ -166,12 +166,12 @@ void BlockPass::Advance(LinearGroup group, const NestedWeight* previous) {
     if (previous != nullptr) {
       weight = &weights_.linear[static_cast<int>(group) - 1];
       if (s > 0) {
-        dequantized = Dequantize(*previous, options_.stream_levels[s - 1]);
+        dequantized = Dequantize(*previous, options_.stream_levels[s - 1], options_.num_threads);
         weight = &dequantized;
       }
     }
     const DeviceCopy copy = weight != nullptr ? DeviceCopy(*weight) : DeviceCopy();
-    Matrix out(streams_.float_hidden.rows(), cols);
+    Matrix out = Matrix::Unfilled(streams_.float_hidden.rows(), cols);
     ParallelFor(options_.num_threads, num_sequences(), [&](int64_t sequence) {
       AdvanceSequence(group, s, sequence, weight,
                       MatrixView(out).Rows(sequence * streams_.seq_len, streams_.seq_len));
@@ -190,7 +190,7 @@ void BlockPass::AddOutput(const Matrix& weight, int64_t stream) {
 
 void BlockPass::Finish(const NestedWeight& down) {
   for (int64_t s = 1; s < num_streams(); ++s) {
-    AddOutput(Dequantize(down, options_.stream_levels[s - 1]), s);
+    AddOutput(Dequantize(down, options_.stream_levels[s - 1], options_.num_threads), s);
   }
 }
 
@@ -228,15 +228,18 @@ InputSums BlockPass::FloatSums(int64_t cols) const {
 
 InputSums BlockPass::StreamSums(int64_t stream, int64_t cols, int64_t residual_rows) const {
   return Sum(cols, InputSums(cols, residual_rows),
-             [&](int64_t first, int64_t count, int, InputSums& sums) {
+             [&](int64_t first, int64_t count, int threads, InputSums& sums) {
                const ConstMatrixView input = ConstMatrixView(inputs_[stream]).Rows(first, count);
                if (residual_rows == 0) {
                  sums.statistics.Add(input, ConstMatrixView(inputs_[0]).Rows(first, count));
                  return;
                }
-               Matrix wanted(count, residual_rows);
-               std::copy_n(streams_.float_hidden.Row(first), wanted.size(), wanted.data());
-               AddScaled(wanted.data(), streams_.hidden[stream - 1].Row(first), -1, wanted.size());
+               Matrix wanted = Matrix::Unfilled(count, residual_rows);
+               ParallelFor(threads, count, [&](int64_t i) {
+                 std::copy_n(streams_.float_hidden.Row(first + i), residual_rows, wanted.Row(i));
+                 AddScaled(wanted.Row(i), streams_.hidden[stream - 1].Row(first + i), -1,
+                           residual_rows);
+               });
                sums.statistics.AddWanted(input, wanted);
              });
 }
@@ -252,8 +255,9 @@ absl::StatusOr<FittingProblem> BlockPass::Problem(LinearGroup group) {
         static_cast<float>(sum / static_cast<double>(streams_.float_hidden.rows())));
   }
   const auto add_stream = [&](const InputSums& sums) -> absl::Status {
-    MOBI_ASSIGN_OR_RETURN(problem.streams.emplace_back(),
-                          sums.statistics.Problem(problem.weight, options_.damping));
+    MOBI_ASSIGN_OR_RETURN(
+        problem.streams.emplace_back(),
+        sums.statistics.Problem(problem.weight, options_.damping, options_.num_threads));
     return absl::OkStatus();
   };
   for (int64_t s = 1; s < num_streams(); ++s) {

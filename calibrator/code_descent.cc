@@ -53,7 +53,7 @@ int64_t DescendGroup(const FittingProblem& problem, int64_t row, int64_t r, int6
 LevelGradients Gradients(const FittingProblem& problem, const NestedWeight& weight, int64_t begin,
                          int64_t count) {
   LevelGradients gradients;
-  Matrix error(count, problem.cols());
+  Matrix error = Matrix::Unfilled(count, problem.cols());
   for (int level = 1; level <= kNumLevels; ++level) {
     const StreamProblem& stream = problem.stream(level);
     for (int64_t r = 0; r < count; ++r) {
@@ -61,7 +61,7 @@ LevelGradients Gradients(const FittingProblem& problem, const NestedWeight& weig
       const float* target = stream.target.Row(begin + r);
       for (int64_t j = 0; j < problem.cols(); ++j) error(r, j) -= target[j];
     }
-    gradients[level - 1] = Matrix(count, problem.cols());
+    gradients[level - 1] = Matrix::Unfilled(count, problem.cols());
     Multiply(error, stream.hessian, gradients[level - 1]);
   }
   return gradients;

@@ -6,6 +6,7 @@
 
 #include "calibrator/code_search.h"
 #include "calibrator/linear_algebra.h"
+#include "calibrator/parallel.h"
 #include "calibrator/simd.h"
 #include "engine/base/status_macros.h"
 
@@ -15,12 +16,12 @@ namespace {
 // Columns whose feedback is applied at once; the columns behind them get one product per block.
 constexpr int64_t kBlock = 128;
 
-Matrix Permuted(const Matrix& m, const std::vector<int64_t>& order) {
-  Matrix out(m.rows(), m.cols());
-  for (int64_t i = 0; i < m.rows(); ++i) {
+Matrix Permuted(const Matrix& m, const std::vector<int64_t>& order, int num_threads) {
+  Matrix out = Matrix::Unfilled(m.rows(), m.cols());
+  ParallelFor(num_threads, m.rows(), [&](int64_t i) {
     const float* row = m.Row(order[i]);
     for (int64_t j = 0; j < m.cols(); ++j) out(i, j) = row[order[j]];
-  }
+  });
   return out;
 }
 
@@ -61,7 +62,7 @@ void WalkBlock(const FittingProblem& problem, const FeedbackPlan& plan, int64_t 
 
 }  // namespace
 
-absl::StatusOr<FeedbackPlan> PlanFeedback(const FittingProblem& problem) {
+absl::StatusOr<FeedbackPlan> PlanFeedback(const FittingProblem& problem, int num_threads) {
   FeedbackPlan plan;
   plan.order.resize(static_cast<size_t>(problem.cols()));
   std::iota(plan.order.begin(), plan.order.end(), 0);
@@ -70,7 +71,7 @@ absl::StatusOr<FeedbackPlan> PlanFeedback(const FittingProblem& problem) {
   });
   for (const StreamProblem& stream : problem.streams) {
     Matrix& factor = plan.factors.emplace_back();
-    MOBI_RETURN_IF_ERROR(InverseFactor(Permuted(stream.hessian, plan.order), factor));
+    MOBI_RETURN_IF_ERROR(InverseFactor(Permuted(stream.hessian, plan.order, num_threads), factor));
   }
   return plan;
 }
@@ -80,7 +81,7 @@ void ChooseJointCodes(const FittingProblem& problem, const FeedbackPlan& plan, i
   const int64_t cols = problem.cols();
   std::array<LevelState, kNumLevels> states;
   for (int k = 0; k < kNumLevels; ++k) {
-    states[k] = {&plan.factors[problem.stream_of_level[k]], Matrix(count, cols),
+    states[k] = {&plan.factors[problem.stream_of_level[k]], Matrix::Unfilled(count, cols),
                  Matrix(count, kBlock)};
     for (int64_t r = 0; r < count; ++r) {
       const float* target = problem.stream(k + 1).target.Row(begin + r);

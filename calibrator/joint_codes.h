@@ -20,7 +20,7 @@ struct FeedbackPlan {
   std::vector<Matrix> factors;  // per stream: InverseFactor of the Hessian in that order
 };
 
-absl::StatusOr<FeedbackPlan> PlanFeedback(const FittingProblem& problem);
+absl::StatusOr<FeedbackPlan> PlanFeedback(const FittingProblem& problem, int num_threads = 1);
 
 // Replaces the codes of rows [begin, begin + count); the pairs stay as they are.
 void ChooseJointCodes(const FittingProblem& problem, const FeedbackPlan& plan, int64_t begin,

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "calibrator/linear_algebra.h"
+#include "calibrator/parallel.h"
 
 namespace mobi {
 namespace {
@@ -33,20 +34,20 @@ double Sum(const float* a, int64_t count) {
   return sum;
 }
 
-// Sums of the Hessian over pairs of groups: the normal equations' part for the offsets, which no
-// row changes.
-std::vector<double> GroupSums(const Matrix& hessian) {
+}  // namespace
+
+std::vector<double> GroupSums(const Matrix& hessian, int num_threads) {
   const int64_t groups = hessian.cols() / kGroupSize;
   std::vector<double> sums(static_cast<size_t>(groups * groups));
-  for (int64_t i = 0; i < hessian.rows(); ++i) {
-    for (int64_t h = 0; h < groups; ++h) {
-      sums[i / kGroupSize * groups + h] += Sum(hessian.Row(i) + h * kGroupSize, kGroupSize);
+  ParallelFor(num_threads, groups, [&](int64_t group) {
+    for (int64_t i = group * kGroupSize; i < (group + 1) * kGroupSize; ++i) {
+      for (int64_t h = 0; h < groups; ++h) {
+        sums[group * groups + h] += Sum(hessian.Row(i) + h * kGroupSize, kGroupSize);
+      }
     }
-  }
+  });
   return sums;
 }
-
-}  // namespace
 
 ScaleFit FitScale(const float* target, const float* importance, const uint8_t* codes, int level) {
   float fraction[kGroupSize];
@@ -80,16 +81,16 @@ void FitRowDiagonal(const float* target, const float* importance, int64_t row,
   }
 }
 
-void RefitLevel(const Matrix& hessian, int level, int64_t begin, ConstMatrixView gradient,
-                double ridge, NestedWeight& weight) {
+void RefitLevel(const Matrix& hessian, const std::vector<double>& group_sums, int level,
+                int64_t begin, ConstMatrixView gradient, double ridge, NestedWeight& weight) {
   const int64_t rows = gradient.rows, cols = weight.cols, groups = weight.groups();
   const int n = static_cast<int>(2 * groups);
-  const std::vector<double> group_sums = GroupSums(hessian);
-  Matrix fractions(rows, cols), products(rows, cols);
+  Matrix fractions = Matrix::Unfilled(rows, cols), products = Matrix::Unfilled(rows, cols);
   for (int64_t r = 0; r < rows; ++r) {
     CentredFractions(weight.Codes(begin + r), cols, level, fractions.Row(r));
   }
-  // Unknowns of a row: the change of every group's range, then of every group's centre.
+  // Unknowns of a row: the change of every group's range, then of every group's centre. Of its
+  // system the lower triangle.
   std::vector<double> systems(static_cast<size_t>(rows * n * n));
   for (int64_t g = 0; g < groups; ++g) {
     const ConstMatrixView group = ConstMatrixView(fractions).Columns(g * kGroupSize, kGroupSize);
@@ -98,8 +99,9 @@ void RefitLevel(const Matrix& hessian, int level, int64_t begin, ConstMatrixView
       double* a = systems.data() + r * n * n;
       for (int64_t h = 0; h < groups; ++h) {
         const float* piece = products.Row(r) + h * kGroupSize;
-        a[g * n + h] = Dot(piece, fractions.Row(r) + h * kGroupSize, kGroupSize);
         a[(groups + h) * n + g] = Sum(piece, kGroupSize);
+        if (h > g) continue;
+        a[g * n + h] = Dot(piece, fractions.Row(r) + h * kGroupSize, kGroupSize);
         a[(groups + g) * n + groups + h] = group_sums[g * groups + h];
       }
     }

@@ -6,6 +6,7 @@
 #define MOBI_CALIBRATOR_LEVEL_FIT_H_
 
 #include <cstdint>
+#include <vector>
 
 #include "calibrator/fitting_problem.h"
 #include "calibrator/nested_weight.h"
@@ -24,11 +25,16 @@ ScaleFit FitScale(const float* target, const float* importance, const uint8_t* c
 void FitRowDiagonal(const float* target, const float* importance, int64_t row,
                     NestedWeight& weight);
 
+// [groups, groups], sums of the Hessian over pairs of groups: the normal equations' part for the
+// offsets, which no row changes.
+std::vector<double> GroupSums(const Matrix& hessian, int num_threads = 1);
+
 // Full-Hessian fit of `level` for rows [begin, begin + error.rows). `gradient` is
-// (W_level - target) H for these rows. `ridge` is relative to the normal equations' diagonal and
-// holds each pair near where it was. A row whose system is singular keeps its pairs.
-void RefitLevel(const Matrix& hessian, int level, int64_t begin, ConstMatrixView gradient,
-                double ridge, NestedWeight& weight);
+// (W_level - target) H for these rows, `group_sums` GroupSums of the Hessian. `ridge` is relative
+// to the normal equations' diagonal and holds each pair near where it was. A row whose system is
+// singular keeps its pairs.
+void RefitLevel(const Matrix& hessian, const std::vector<double>& group_sums, int level,
+                int64_t begin, ConstMatrixView gradient, double ridge, NestedWeight& weight);
 
 }  // namespace mobi
 

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "absl/strings/str_format.h"
+#include "calibrator/parallel.h"
 #include "engine/base/status_macros.h"
 #include "kernels/device_products.h"
 
@@ -122,17 +123,17 @@ void AddGram(ConstMatrixView x, MatrixView out, float alpha) {
               Int(x.stride), 1.0f, out.data, Int(out.stride));
 }
 
-void MirrorLower(MatrixView m) {
+void MirrorLower(MatrixView m, int num_threads) {
   constexpr int64_t kTile = 32;  // of which both sides stay in the cache
-  for (int64_t first = 0; first < m.rows; first += kTile) {
-    const int64_t last = std::min(first + kTile, m.rows);
+  ParallelFor(num_threads, (m.rows + kTile - 1) / kTile, [&](int64_t tile) {
+    const int64_t first = tile * kTile, last = std::min(first + kTile, m.rows);
     for (int64_t begin = 0; begin < last; begin += kTile) {
       for (int64_t i = first; i < last; ++i) {
         const int64_t end = std::min(begin + kTile, i);
         for (int64_t j = begin; j < end; ++j) m.Row(j)[i] = m.Row(i)[j];
       }
     }
-  }
+  });
 }
 
 // With J the identity turned end for end and L L^T = J h J, the upper triangular J L^-1 J is the

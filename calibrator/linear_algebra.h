@@ -78,7 +78,7 @@ void TransposedMultiply(ConstMatrixView a, ConstMatrixView b, MatrixView out, fl
 // The lower triangle of out += alpha x^T x;  x [n, d], out [d, d].
 void AddGram(ConstMatrixView x, MatrixView out, float alpha = 1);
 // Copies the lower triangle to the upper one.
-void MirrorLower(MatrixView m);
+void MirrorLower(MatrixView m, int num_threads = 1);
 
 // The upper triangular U with h^-1 = U^T U, computed in double: what error feedback walks along
 // (row j of U over its diagonal is how an error at column j moves to the columns behind it).

@@ -26,25 +26,34 @@ std::vector<DeviceCopy> HessianCopies(const FittingProblem& problem) {
 
 int64_t NumBlocks(int64_t rows) { return (rows + kRowBlock - 1) / kRowBlock; }
 
-void Refit(const FittingProblem& problem, double ridge, int64_t begin, int64_t count,
-           NestedWeight& weight) {
+// What all blocks of rows share.
+struct SharedByRows {
+  FeedbackPlan plan;                            // empty where codes are not chosen jointly
+  std::vector<std::vector<double>> group_sums;  // of each stream's Hessian
+};
+
+void Refit(const FittingProblem& problem, const SharedByRows& shared, double ridge, int64_t begin,
+           int64_t count, NestedWeight& weight) {
   const LevelGradients gradients = Gradients(problem, weight, begin, count);
   for (int level = 1; level <= kNumLevels; ++level) {
-    RefitLevel(problem.stream(level).hessian, level, begin, gradients[level - 1], ridge, weight);
+    RefitLevel(problem.stream(level).hessian, shared.group_sums[problem.stream_of_level[level - 1]],
+               level, begin, gradients[level - 1], ridge, weight);
   }
 }
 
 void FitRows(const FittingProblem& problem, const LinearFitOptions& options,
-             const FeedbackPlan* plan, int64_t begin, int64_t count, NestedWeight& weight) {
+             const SharedByRows& shared, int64_t begin, int64_t count, NestedWeight& weight) {
   FitBase(problem, options.base, begin, count, weight);
-  if (plan != nullptr) ChooseJointCodes(problem, *plan, begin, count, weight);
-  if (plan != nullptr || options.rounds > 0) Refit(problem, options.ridge, begin, count, weight);
+  if (options.joint_codes) ChooseJointCodes(problem, shared.plan, begin, count, weight);
+  if (options.joint_codes || options.rounds > 0) {
+    Refit(problem, shared, options.ridge, begin, count, weight);
+  }
   for (int round = 0; round < options.rounds; ++round) {
     LevelGradients gradients = Gradients(problem, weight, begin, count);
     for (int pass = 0; pass < options.passes; ++pass) {
       if (DescendCodes(problem, begin, count, gradients, weight) == 0) break;
     }
-    Refit(problem, options.ridge, begin, count, weight);
+    Refit(problem, shared, options.ridge, begin, count, weight);
   }
 }
 
@@ -52,17 +61,19 @@ void FitRows(const FittingProblem& problem, const LinearFitOptions& options,
 
 absl::StatusOr<NestedWeight> FitLinear(const FittingProblem& problem,
                                        const LinearFitOptions& options, int num_threads) {
-  FeedbackPlan plan;
+  SharedByRows shared;
   if (options.joint_codes) {
-    MOBI_ASSIGN_OR_RETURN(plan, PlanFeedback(problem));
+    MOBI_ASSIGN_OR_RETURN(shared.plan, PlanFeedback(problem, num_threads));
+  }
+  for (const StreamProblem& stream : problem.streams) {
+    shared.group_sums.push_back(GroupSums(stream.hessian, num_threads));
   }
   std::vector<DeviceCopy> copies = HessianCopies(problem);
-  for (const Matrix& factor : plan.factors) copies.emplace_back(factor);
+  for (const Matrix& factor : shared.plan.factors) copies.emplace_back(factor);
   NestedWeight weight(problem.rows(), problem.cols());
   ParallelFor(num_threads, NumBlocks(problem.rows()), [&](int64_t block) {
     const int64_t begin = block * kRowBlock;
-    FitRows(problem, options, options.joint_codes ? &plan : nullptr, begin,
-            std::min(kRowBlock, problem.rows() - begin), weight);
+    FitRows(problem, options, shared, begin, std::min(kRowBlock, problem.rows() - begin), weight);
   });
   return weight;
 }

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <new>
 #include <vector>
 
 namespace mobi {
@@ -29,6 +30,14 @@ struct LargePageAllocator {
   LargePageAllocator(const LargePageAllocator<U>&) {}  // NOLINT: allocators convert
   T* allocate(size_t count) { return static_cast<T*>(AllocateLargePages(count * sizeof(T))); }
   void deallocate(T* memory, size_t) { std::free(memory); }
+  template <typename U>
+  void construct(U* at) noexcept {
+    ::new (static_cast<void*>(at)) U;  // as it is, not cleared
+  }
+  template <typename U, typename V>
+  void construct(U* at, const V& value) noexcept {
+    ::new (static_cast<void*>(at)) U(value);
+  }
   bool operator==(const LargePageAllocator&) const { return true; }
 };
 
@@ -36,7 +45,16 @@ class Matrix {
  public:
   Matrix() = default;
   Matrix(int64_t rows, int64_t cols)
-      : rows_(rows), cols_(cols), data_(static_cast<size_t>(rows * cols)) {}
+      : rows_(rows), cols_(cols), data_(static_cast<size_t>(rows * cols), 0.0f) {}
+  // Of any values, for what is written as a whole: threads that write it side by side also take its
+  // pages from the system side by side, which one thread does no faster than 4 GB/s.
+  static Matrix Unfilled(int64_t rows, int64_t cols) {
+    Matrix m;
+    m.rows_ = rows;
+    m.cols_ = cols;
+    m.data_.resize(static_cast<size_t>(rows * cols));
+    return m;
+  }
 
   int64_t rows() const { return rows_; }
   int64_t cols() const { return cols_; }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "calibrator/parallel.h"
 #include "calibrator/simd.h"
 #include "kernels/numeric.h"
 
@@ -50,9 +51,10 @@ void DequantizeRow(const NestedWeight& weight, int64_t row, int level, float* ou
   }
 }
 
-Matrix Dequantize(const NestedWeight& weight, int level) {
-  Matrix out(weight.rows, weight.cols);
-  for (int64_t row = 0; row < weight.rows; ++row) DequantizeRow(weight, row, level, out.Row(row));
+Matrix Dequantize(const NestedWeight& weight, int level, int num_threads) {
+  Matrix out = Matrix::Unfilled(weight.rows, weight.cols);
+  ParallelFor(num_threads, weight.rows,
+              [&](int64_t row) { DequantizeRow(weight, row, level, out.Row(row)); });
   return out;
 }
 

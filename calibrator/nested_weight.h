@@ -60,7 +60,7 @@ void EncodeGroup(const float* weights, LevelScale pair, uint8_t* codes);
 
 // out[rows, cols] = W_level; `row` into `out` [cols].
 void DequantizeRow(const NestedWeight& weight, int64_t row, int level, float* out);
-Matrix Dequantize(const NestedWeight& weight, int level);
+Matrix Dequantize(const NestedWeight& weight, int level, int num_threads = 1);
 
 }  // namespace mobi
 

@@ -1,8 +1,11 @@
 #include "calibrator/statistics.h"
 
+#include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "calibrator/linear_algebra.h"
+#include "calibrator/parallel.h"
 #include "calibrator/vector_math.h"
 #include "engine/base/status_macros.h"
 
@@ -34,15 +37,18 @@ void StreamStatistics::Add(const StreamStatistics& more) {
   AddScaled(wanted_.data(), more.wanted_.data(), 1, wanted_.size());
 }
 
-absl::StatusOr<StreamProblem> StreamStatistics::Problem(const Matrix& weight,
-                                                        double damping) const {
+absl::StatusOr<StreamProblem> StreamStatistics::Problem(const Matrix& weight, double damping,
+                                                        int num_threads) const {
   const int64_t cols = gram_.cols();
   const float scale = 1.0f / static_cast<float>(num_tokens_);
   StreamProblem problem;
-  problem.hessian = gram_;
-  MirrorLower(problem.hessian);
+  problem.hessian = Matrix::Unfilled(cols, cols);
+  ParallelFor(num_threads, cols, [&](int64_t j) {
+    std::copy_n(gram_.Row(j), j + 1, problem.hessian.Row(j));
+    Scale(problem.hessian.Row(j), scale, j + 1);
+  });
+  MirrorLower(problem.hessian, num_threads);
   double trace = 0;
-  for (int64_t i = 0; i < problem.hessian.size(); ++i) problem.hessian.data()[i] *= scale;
   for (int64_t j = 0; j < cols; ++j) trace += problem.hessian(j, j);
   if (!std::isfinite(trace)) {
     return absl::FailedPreconditionError("activations are not finite");
@@ -50,20 +56,26 @@ absl::StatusOr<StreamProblem> StreamStatistics::Problem(const Matrix& weight,
   const float mean = trace > 0 ? static_cast<float>(trace / static_cast<double>(cols)) : 1.0f;
 
   const bool of_float = cross_.empty() && wanted_.empty();
-  Matrix moment = wanted_.empty() ? Matrix(weight.rows(), cols) : wanted_;
-  if (!cross_.empty()) Multiply(weight, cross_, moment);
-  for (int64_t i = 0; i < moment.size(); ++i) moment.data()[i] *= scale;
+  std::vector<float> added(static_cast<size_t>(cols));
   for (int64_t j = 0; j < cols; ++j) {
     float& diagonal = problem.hessian(j, j);
-    const float added = diagonal > 0 ? static_cast<float>(damping) * diagonal : mean;
-    diagonal += added;
-    for (int64_t row = 0; row < weight.rows(); ++row) moment(row, j) += added * weight(row, j);
+    added[j] = diagonal > 0 ? static_cast<float>(damping) * diagonal : mean;
+    diagonal += added[j];
   }
   if (of_float) {
     problem.target = weight;
-  } else {
-    MOBI_RETURN_IF_ERROR(SolveRows(problem.hessian, moment, problem.target));
+    return problem;
   }
+  Matrix moment = Matrix::Unfilled(weight.rows(), cols);
+  if (!cross_.empty()) Multiply(weight, cross_, moment);
+  ParallelFor(num_threads, weight.rows(), [&](int64_t row) {
+    const float* sum = cross_.empty() ? wanted_.Row(row) : moment.Row(row);
+    for (int64_t j = 0; j < cols; ++j) {
+      const float mean_product = sum[j] * scale;
+      moment(row, j) = mean_product + added[j] * weight(row, j);
+    }
+  });
+  MOBI_RETURN_IF_ERROR(SolveRows(problem.hessian, moment, problem.target));
   return problem;
 }
 

@@ -31,7 +31,8 @@ class StreamStatistics {
   // `damping` is relative to each diagonal element, so that one massive channel does not drown the
   // others; it also holds the target near the float weights. Channels that never fire get the mean
   // of the others. FAILED_PRECONDITION when the moments are not finite.
-  absl::StatusOr<StreamProblem> Problem(const Matrix& weight, double damping) const;
+  absl::StatusOr<StreamProblem> Problem(const Matrix& weight, double damping,
+                                        int num_threads = 1) const;
 
   int64_t num_tokens() const { return num_tokens_; }
   const Matrix& gram() const { return gram_; }

@@ -190,7 +190,8 @@ TEST(LevelFitTest, FullHessianRefitLowersEveryLevel) {
   const auto before = LevelLosses(problem, weight, 1);
   const LevelGradients gradients = Gradients(problem, weight, 0, kRows);
   for (int level = 1; level <= kNumLevels; ++level) {
-    RefitLevel(problem.stream(level).hessian, level, 0, gradients[level - 1], 1e-4, weight);
+    const Matrix& hessian = problem.stream(level).hessian;
+    RefitLevel(hessian, GroupSums(hessian), level, 0, gradients[level - 1], 1e-4, weight);
   }
   const auto after = LevelLosses(problem, weight, 1);
   for (int k = 0; k < kNumLevels; ++k) EXPECT_LT(after[k], before[k]) << "level " << k + 1;
