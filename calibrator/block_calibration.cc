@@ -15,7 +15,7 @@ namespace mobi {
 namespace {
 
 constexpr int64_t kStatisticsParts = 16, kPartedCols = 4096;
-// Tokens that go into the sums at once: enough to be worth moving the sums to a device and back.
+// Tokens that go into the sums at once.
 constexpr int64_t kTokensAtOnce = 16384;
 
 // sums[j] += the squares of column j, in the order of the rows.
@@ -72,7 +72,7 @@ class BlockPass {
   // Adds tokens [first, first + count), whole sequences, to `sums`, on `threads` threads.
   using AddTokens =
       absl::FunctionRef<void(int64_t first, int64_t count, int threads, InputSums& sums)>;
-  InputSums Sum(int64_t cols, const InputSums& start, AddTokens add) const;
+  InputSums Sum(int64_t cols, int64_t residual_rows, AddTokens add) const;
   InputSums FloatSums(int64_t cols) const;
   InputSums StreamSums(int64_t stream, int64_t cols, int64_t residual_rows) const;
   void AddFloat(ConstMatrixView input, int threads, InputSums& sums) const;
@@ -139,9 +139,8 @@ void BlockPass::AdvanceFloatDown() {
   const Matrix& down = weights_.of(LinearGroup::kDown);
   const DeviceCopy gate_up_copy(gate_up), down_copy(down);
   const int64_t length = streams_.seq_len;
-  const InputSums start(fits_ ? down.cols() : 0, 0);
   float_down_ =
-      Sum(down.cols(), start, [&](int64_t first, int64_t count, int threads, InputSums& sums) {
+      Sum(down.cols(), 0, [&](int64_t first, int64_t count, int threads, InputSums& sums) {
         Matrix input = Matrix::Unfilled(count, down.cols());
         ParallelFor(threads, count / length, [&](int64_t i) {
           const int64_t sequence = first / length + i;
@@ -196,12 +195,15 @@ void BlockPass::Finish(const NestedWeight& down) {
 
 // Tokens are summed in a fixed number of parts, so that sums do not depend on the threads. Wide
 // inputs are summed in one part: its matrices are large, and its products keep every thread busy.
-InputSums BlockPass::Sum(int64_t cols, const InputSums& start, AddTokens add) const {
+InputSums BlockPass::Sum(int64_t cols, int64_t residual_rows, AddTokens add) const {
   const int64_t length = streams_.seq_len;
   const int64_t parts = cols > kPartedCols ? 1 : std::min(kStatisticsParts, num_sequences());
   const int threads = parts == 1 ? options_.num_threads : 1;
   const int64_t at_once = std::max<int64_t>(1, kTokensAtOnce / length) * length;
-  std::vector<InputSums> sums(static_cast<size_t>(parts), start);
+  std::vector<InputSums> sums;
+  for (int64_t part = 0; part < parts; ++part) {
+    sums.emplace_back(fits_ ? cols : 0, residual_rows);
+  }
   ParallelFor(options_.num_threads, parts, [&](int64_t part) {
     const int64_t end = (part + 1) * num_sequences() / parts * length;
     int64_t count = 0;
@@ -220,28 +222,25 @@ void BlockPass::AddFloat(ConstMatrixView input, int threads, InputSums& sums) co
 }
 
 InputSums BlockPass::FloatSums(int64_t cols) const {
-  return Sum(cols, InputSums(cols, 0),
-             [&](int64_t first, int64_t count, int threads, InputSums& sums) {
-               AddFloat(ConstMatrixView(inputs_[0]).Rows(first, count), threads, sums);
-             });
+  return Sum(cols, 0, [&](int64_t first, int64_t count, int threads, InputSums& sums) {
+    AddFloat(ConstMatrixView(inputs_[0]).Rows(first, count), threads, sums);
+  });
 }
 
 InputSums BlockPass::StreamSums(int64_t stream, int64_t cols, int64_t residual_rows) const {
-  return Sum(cols, InputSums(cols, residual_rows),
-             [&](int64_t first, int64_t count, int threads, InputSums& sums) {
-               const ConstMatrixView input = ConstMatrixView(inputs_[stream]).Rows(first, count);
-               if (residual_rows == 0) {
-                 sums.statistics.Add(input, ConstMatrixView(inputs_[0]).Rows(first, count));
-                 return;
-               }
-               Matrix wanted = Matrix::Unfilled(count, residual_rows);
-               ParallelFor(threads, count, [&](int64_t i) {
-                 std::copy_n(streams_.float_hidden.Row(first + i), residual_rows, wanted.Row(i));
-                 AddScaled(wanted.Row(i), streams_.hidden[stream - 1].Row(first + i), -1,
-                           residual_rows);
-               });
-               sums.statistics.AddWanted(input, wanted);
-             });
+  return Sum(cols, residual_rows, [&](int64_t first, int64_t count, int threads, InputSums& sums) {
+    const ConstMatrixView input = ConstMatrixView(inputs_[stream]).Rows(first, count);
+    if (residual_rows == 0) {
+      sums.statistics.Add(input, ConstMatrixView(inputs_[0]).Rows(first, count));
+      return;
+    }
+    Matrix wanted = Matrix::Unfilled(count, residual_rows);
+    ParallelFor(threads, count, [&](int64_t i) {
+      std::copy_n(streams_.float_hidden.Row(first + i), residual_rows, wanted.Row(i));
+      AddScaled(wanted.Row(i), streams_.hidden[stream - 1].Row(first + i), -1, residual_rows);
+    });
+    sums.statistics.AddWanted(input, wanted);
+  });
 }
 
 absl::StatusOr<FittingProblem> BlockPass::Problem(LinearGroup group) {

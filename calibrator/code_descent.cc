@@ -14,16 +14,19 @@ MOBI_VECTORIZED void AddScaledGroup(float* out, const float* x, float scale) {
   for (int i = 0; i < kGroupSize; ++i) out[i] += scale * x[i];
 }
 
+// Of one group's columns, per level.
+using GroupGradients = std::array<MatrixView, kNumLevels>;
+using GroupChange = std::array<Matrix, kNumLevels>;
+
 // Visits the columns of one group of one row. `change` receives each level's change of value.
 int64_t DescendGroup(const FittingProblem& problem, int64_t row, int64_t r, int64_t group,
-                     const LevelGradients& gradients, LevelGradients& change,
-                     NestedWeight& weight) {
+                     const GroupGradients& gradients, GroupChange& change, NestedWeight& weight) {
   const int64_t first = group * kGroupSize;
   const LevelGrids grids = GridsOf(weight, row, group);
   uint8_t* codes = weight.Codes(row) + first;
   float gradient[kNumLevels][kGroupSize];
   for (int k = 0; k < kNumLevels; ++k) {
-    std::copy_n(gradients[k].Row(r) + first, kGroupSize, gradient[k]);
+    std::copy_n(gradients[k].Row(r), kGroupSize, gradient[k]);
   }
   int64_t changed = 0;
   for (int j = 0; j < kGroupSize; ++j) {
@@ -61,7 +64,7 @@ LevelGradients Gradients(const FittingProblem& problem, const NestedWeight& weig
       const float* target = stream.target.Row(begin + r);
       for (int64_t j = 0; j < problem.cols(); ++j) error(r, j) -= target[j];
     }
-    gradients[level - 1] = Matrix::Unfilled(count, problem.cols());
+    gradients[level - 1] = DeviceMatrix::Unfilled(count, problem.cols());
     Multiply(error, stream.hessian, gradients[level - 1]);
   }
   return gradients;
@@ -83,14 +86,18 @@ double LevelLoss(const FittingProblem& problem, const NestedWeight& weight, int 
 
 int64_t DescendCodes(const FittingProblem& problem, int64_t begin, int64_t count,
                      LevelGradients& gradients, NestedWeight& weight) {
-  LevelGradients change;
+  GroupChange change;
   for (Matrix& m : change) m = Matrix(count, kGroupSize);
   int64_t changed = 0;
   for (int64_t group = 0; group < weight.groups(); ++group) {
     for (Matrix& m : change) m.Fill(0);
+    GroupGradients in_columns;
+    for (int k = 0; k < kNumLevels; ++k) {
+      in_columns[k] = gradients[k].FetchColumns(group * kGroupSize, kGroupSize);
+    }
     int64_t in_group = 0;
     for (int64_t r = 0; r < count; ++r) {
-      in_group += DescendGroup(problem, begin + r, r, group, gradients, change, weight);
+      in_group += DescendGroup(problem, begin + r, r, group, in_columns, change, weight);
     }
     changed += in_group;
     if (in_group == 0) continue;

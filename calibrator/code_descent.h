@@ -8,13 +8,14 @@
 #include <cstdint>
 
 #include "calibrator/fitting_problem.h"
+#include "calibrator/linear_algebra.h"
 #include "calibrator/nested_weight.h"
 
 namespace mobi {
 
 // (W_level - target) H for rows [begin, begin + count) and every level: what a change of a weight
 // costs to first order.
-using LevelGradients = std::array<Matrix, kNumLevels>;
+using LevelGradients = std::array<DeviceMatrix, kNumLevels>;
 
 LevelGradients Gradients(const FittingProblem& problem, const NestedWeight& weight, int64_t begin,
                          int64_t count);

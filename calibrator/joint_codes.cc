@@ -29,13 +29,25 @@ MOBI_VECTORIZED void SubtractScaled(float* out, const float* x, float scale, int
   for (int64_t i = 0; i < count; ++i) out[i] -= scale * x[i];
 }
 
-// One feedback state per level: current targets of the rows in walking order, and the errors of the
-// block's columns.
+// One feedback state per level: current targets of the rows in walking order, those of the block's
+// columns, and the errors there.
 struct LevelState {
   const Matrix* factor;
-  Matrix target;
+  DeviceMatrix target;
+  MatrixView block;
   Matrix error;
 };
+
+// The level's targets of rows [begin, begin + count), their columns in walking order.
+Matrix TargetsInOrder(const Matrix& targets, const std::vector<int64_t>& order, int64_t begin,
+                      int64_t count) {
+  Matrix out = Matrix::Unfilled(count, targets.cols());
+  for (int64_t r = 0; r < count; ++r) {
+    const float* target = targets.Row(begin + r);
+    for (int64_t i = 0; i < out.cols(); ++i) out(r, i) = target[order[i]];
+  }
+  return out;
+}
 
 void WalkBlock(const FittingProblem& problem, const FeedbackPlan& plan, int64_t begin, int64_t r,
                int64_t first, int64_t last, const std::vector<LevelGrids>& grids,
@@ -45,7 +57,7 @@ void WalkBlock(const FittingProblem& problem, const FeedbackPlan& plan, int64_t 
     std::array<float, kNumLevels> target, cost, pivot;
     for (int k = 0; k < kNumLevels; ++k) {
       pivot[k] = (*states[k].factor)(i, i);
-      target[k] = states[k].target(r, i);
+      target[k] = states[k].block.Row(r)[i - first];
       cost[k] = problem.level_weights[k] / (pivot[k] * pivot[k]);
     }
     const LevelGrids& grid = grids[column / kGroupSize];
@@ -54,8 +66,8 @@ void WalkBlock(const FittingProblem& problem, const FeedbackPlan& plan, int64_t 
     for (int k = 0; k < kNumLevels; ++k) {
       const float error = (target[k] - ValueAt(grid, code, k + 1)) / pivot[k];
       states[k].error(r, i - first) = error;
-      SubtractScaled(states[k].target.Row(r) + i + 1, states[k].factor->Row(i) + i + 1, error,
-                     last - i - 1);
+      SubtractScaled(states[k].block.Row(r) + i - first + 1, states[k].factor->Row(i) + i + 1,
+                     error, last - i - 1);
     }
   }
 }
@@ -81,12 +93,10 @@ void ChooseJointCodes(const FittingProblem& problem, const FeedbackPlan& plan, i
   const int64_t cols = problem.cols();
   std::array<LevelState, kNumLevels> states;
   for (int k = 0; k < kNumLevels; ++k) {
-    states[k] = {&plan.factors[problem.stream_of_level[k]], Matrix::Unfilled(count, cols),
-                 Matrix(count, kBlock)};
-    for (int64_t r = 0; r < count; ++r) {
-      const float* target = problem.stream(k + 1).target.Row(begin + r);
-      for (int64_t i = 0; i < cols; ++i) states[k].target(r, i) = target[plan.order[i]];
-    }
+    states[k].factor = &plan.factors[problem.stream_of_level[k]];
+    states[k].target =
+        DeviceMatrix(TargetsInOrder(problem.stream(k + 1).target, plan.order, begin, count));
+    states[k].error = Matrix(count, kBlock);
   }
   std::vector<std::vector<LevelGrids>> grids(static_cast<size_t>(count));
   for (int64_t r = 0; r < count; ++r) {
@@ -96,6 +106,9 @@ void ChooseJointCodes(const FittingProblem& problem, const FeedbackPlan& plan, i
   }
   for (int64_t first = 0; first < cols; first += kBlock) {
     const int64_t last = std::min(first + kBlock, cols);
+    for (LevelState& state : states) {
+      state.block = state.target.FetchColumns(first, last - first);
+    }
     for (int64_t r = 0; r < count; ++r) {
       WalkBlock(problem, plan, begin, r, first, last, grids[r], states, weight);
     }

@@ -10,6 +10,7 @@
 
 #include "absl/strings/str_format.h"
 #include "calibrator/parallel.h"
+#include "calibrator/vector_math.h"
 #include "engine/base/status_macros.h"
 #include "kernels/device_products.h"
 
@@ -73,7 +74,7 @@ std::string BetterBlasKernels() {
   return "";
 }
 
-absl::Status UseDevice(std::string_view device) {
+absl::Status UseDevice(std::string_view device, int64_t most_kept) {
   if (device == "cpu") {
     Device().reset();
     return absl::OkStatus();
@@ -83,7 +84,7 @@ absl::Status UseDevice(std::string_view device) {
         absl::StrFormat("device \"%s\" is not cpu or cuda", std::string(device)));
   }
   std::string error;
-  Device() = DeviceProducts::Create(error);
+  Device() = DeviceProducts::Create(most_kept, error);
   if (Device() == nullptr) return absl::UnavailableError("no device cuda: " + error);
   return absl::OkStatus();
 }
@@ -95,6 +96,56 @@ DeviceCopy::DeviceCopy(const Matrix& m) {
 
 DeviceCopy::~DeviceCopy() {
   if (data_ != nullptr && Device() != nullptr) Device()->Forget(data_);
+}
+
+DeviceMatrix DeviceMatrix::Unfilled(int64_t rows, int64_t cols) {
+  DeviceMatrix m;
+  m.matrix_ = Matrix::Unfilled(rows, cols);
+  DeviceProducts* device = Device().get();
+  if (device != nullptr && device->Hold(m.matrix_.data(), m.matrix_.size())) {
+    m.held_ = m.matrix_.data();
+  }
+  return m;
+}
+
+DeviceMatrix::DeviceMatrix(int64_t rows, int64_t cols) : DeviceMatrix(Unfilled(rows, cols)) {
+  if (held_ != nullptr) {
+    Device()->Clear(held_, matrix_.size());
+  } else {
+    matrix_.Fill(0);
+  }
+}
+
+DeviceMatrix::DeviceMatrix(Matrix m) : matrix_(std::move(m)) {
+  DeviceProducts* device = Device().get();
+  if (device == nullptr || !device->Hold(matrix_.data(), matrix_.size())) return;
+  held_ = matrix_.data();
+  device->Send(held_, rows(), cols(), cols());
+}
+
+DeviceMatrix::~DeviceMatrix() {
+  if (held_ != nullptr && Device() != nullptr) Device()->Forget(held_);
+}
+
+const Matrix& DeviceMatrix::Fetch() const {
+  if (held_ != nullptr) Device()->Fetch(matrix_.data(), rows(), cols(), cols());
+  return matrix_;
+}
+
+MatrixView DeviceMatrix::FetchColumns(int64_t begin, int64_t count) {
+  const MatrixView part = MatrixView(matrix_).Columns(begin, count);
+  if (held_ != nullptr) Device()->Fetch(part.data, part.rows, part.cols, part.stride);
+  return part;
+}
+
+void DeviceMatrix::Add(const DeviceMatrix& other) {
+  if (held_ != nullptr && other.held_ != nullptr) {
+    Device()->Add(matrix_.data(), other.held_, matrix_.size());
+    return;
+  }
+  Fetch();
+  AddScaled(matrix_.data(), other.Fetch().data(), 1, matrix_.size());
+  if (held_ != nullptr) Device()->Send(held_, rows(), cols(), cols());
 }
 
 void MultiplyTransposed(ConstMatrixView a, ConstMatrixView b, MatrixView out, float alpha,

@@ -24,9 +24,11 @@ void SetBlasThreads(int num_threads);
 // OPENBLAS_CORETYPE in the environment of a new process.
 std::string BetterBlasKernels();
 
-// "cpu", or "cuda": large products and factors are made there from now on. Global to the process as
-// well. UNAVAILABLE says why there is no such device. No DeviceCopy may live meanwhile.
-absl::Status UseDevice(std::string_view device);
+// "cpu", or "cuda": large products and factors are made there from now on, and at most `most_kept`
+// bytes of matrices kept there. Global to the process as well. UNAVAILABLE says why there is no
+// such device. No DeviceCopy or DeviceMatrix may live meanwhile.
+inline constexpr int64_t kMostKeptOnDevice = int64_t{24} << 30;
+absl::Status UseDevice(std::string_view device, int64_t most_kept = kMostKeptOnDevice);
 
 // While it lives, products find this matrix, and any part of it, on the device: for operands of
 // many products. The matrix must live longer, in the same memory and with the same values. Without
@@ -64,6 +66,43 @@ class KeptMatrix {
  private:
   Matrix matrix_;
   DeviceCopy copy_;
+};
+
+// A matrix that lives on the device: products read and write any part of it without moving it. The
+// host reads a part that it fetched and is not written since, and sends what it wrote. Without a
+// device, or without room there, it is a matrix on the host, and fetching and sending do nothing.
+class DeviceMatrix {
+ public:
+  DeviceMatrix() = default;
+  DeviceMatrix(int64_t rows, int64_t cols);  // zeros
+  static DeviceMatrix Unfilled(int64_t rows, int64_t cols);
+  // A matrix sent as a whole.
+  explicit DeviceMatrix(Matrix m);
+  DeviceMatrix(DeviceMatrix&& other) noexcept
+      : matrix_(std::move(other.matrix_)), held_(std::exchange(other.held_, nullptr)) {}
+  DeviceMatrix& operator=(DeviceMatrix&& other) noexcept {
+    std::swap(matrix_, other.matrix_);
+    std::swap(held_, other.held_);
+    return *this;
+  }
+  ~DeviceMatrix();
+
+  int64_t rows() const { return matrix_.rows(); }
+  int64_t cols() const { return matrix_.cols(); }
+  bool empty() const { return matrix_.empty(); }
+  // For products, wherever it is.
+  operator MatrixView() { return matrix_; }             // NOLINT: a matrix is a view of itself
+  operator ConstMatrixView() const { return matrix_; }  // NOLINT
+
+  // On the host, with the values of now.
+  const Matrix& Fetch() const;
+  MatrixView FetchColumns(int64_t begin, int64_t count);
+  // += other, of the same size.
+  void Add(const DeviceMatrix& other);
+
+ private:
+  mutable Matrix matrix_;        // while it lives on the device, the host's copies of parts
+  const float* held_ = nullptr;  // matrix_'s values, if it does
 };
 
 // out = alpha a b^T + beta out;  a [m, k], b [n, k], out [m, n].

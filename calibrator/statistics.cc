@@ -21,7 +21,7 @@ void StreamStatistics::Add(ConstMatrixView input) {
 
 void StreamStatistics::Add(ConstMatrixView input, ConstMatrixView float_input) {
   Add(input);
-  if (cross_.empty()) cross_ = Matrix(input.cols, input.cols);
+  if (cross_.empty()) cross_ = DeviceMatrix(input.cols, input.cols);
   TransposedMultiply(float_input, input, cross_, 1, 1);
 }
 
@@ -32,19 +32,20 @@ void StreamStatistics::AddWanted(ConstMatrixView input, ConstMatrixView output) 
 
 void StreamStatistics::Add(const StreamStatistics& more) {
   num_tokens_ += more.num_tokens_;
-  AddScaled(gram_.data(), more.gram_.data(), 1, gram_.size());
-  AddScaled(cross_.data(), more.cross_.data(), 1, cross_.size());
-  AddScaled(wanted_.data(), more.wanted_.data(), 1, wanted_.size());
+  gram_.Add(more.gram_);
+  if (!cross_.empty()) cross_.Add(more.cross_);
+  if (!wanted_.empty()) wanted_.Add(more.wanted_);
 }
 
 absl::StatusOr<StreamProblem> StreamStatistics::Problem(const Matrix& weight, double damping,
                                                         int num_threads) const {
   const int64_t cols = gram_.cols();
   const float scale = 1.0f / static_cast<float>(num_tokens_);
+  const Matrix& gram = gram_.Fetch();
   StreamProblem problem;
   problem.hessian = Matrix::Unfilled(cols, cols);
   ParallelFor(num_threads, cols, [&](int64_t j) {
-    std::copy_n(gram_.Row(j), j + 1, problem.hessian.Row(j));
+    std::copy_n(gram.Row(j), j + 1, problem.hessian.Row(j));
     Scale(problem.hessian.Row(j), scale, j + 1);
   });
   MirrorLower(problem.hessian, num_threads);
@@ -68,8 +69,9 @@ absl::StatusOr<StreamProblem> StreamStatistics::Problem(const Matrix& weight, do
   }
   Matrix moment = Matrix::Unfilled(weight.rows(), cols);
   if (!cross_.empty()) Multiply(weight, cross_, moment);
+  const Matrix& sums = cross_.empty() ? wanted_.Fetch() : moment;
   ParallelFor(num_threads, weight.rows(), [&](int64_t row) {
-    const float* sum = cross_.empty() ? wanted_.Row(row) : moment.Row(row);
+    const float* sum = sums.Row(row);
     for (int64_t j = 0; j < cols; ++j) {
       const float mean_product = sum[j] * scale;
       moment(row, j) = mean_product + added[j] * weight(row, j);

@@ -9,6 +9,7 @@
 
 #include "absl/status/statusor.h"
 #include "calibrator/fitting_problem.h"
+#include "calibrator/linear_algebra.h"
 #include "calibrator/matrix.h"
 
 namespace mobi {
@@ -35,13 +36,12 @@ class StreamStatistics {
                                         int num_threads = 1) const;
 
   int64_t num_tokens() const { return num_tokens_; }
-  const Matrix& gram() const { return gram_; }
 
  private:
   int64_t num_tokens_ = 0;
-  Matrix gram_;    // [cols, cols], lower triangle of the sum of x x^T
-  Matrix cross_;   // [cols, cols], sum of x_float x^T; empty until asked for
-  Matrix wanted_;  // [residual_rows, cols], sum of output x^T
+  DeviceMatrix gram_;    // [cols, cols], lower triangle of the sum of x x^T
+  DeviceMatrix cross_;   // [cols, cols], sum of x_float x^T; empty until asked for
+  DeviceMatrix wanted_;  // [residual_rows, cols], sum of output x^T
 };
 
 }  // namespace mobi

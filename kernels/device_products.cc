@@ -9,10 +9,10 @@ namespace mobi {
 
 class DeviceLane {};
 struct DeviceSolver {};
-DeviceProducts::DeviceProducts() = default;
+DeviceProducts::DeviceProducts(int64_t most_kept) : most_kept_(most_kept) {}
 DeviceProducts::~DeviceProducts() = default;
 
-std::unique_ptr<DeviceProducts> DeviceProducts::Create(std::string& error) {
+std::unique_ptr<DeviceProducts> DeviceProducts::Create(int64_t, std::string& error) {
   error = "this program was built without CUDA";
   return nullptr;
 }
@@ -26,7 +26,12 @@ std::optional<int> DeviceProducts::SolveRows(const Operand&, const Operand&, flo
   std::abort();
 }
 bool DeviceProducts::Keep(const float*, int64_t) { std::abort(); }
+bool DeviceProducts::Hold(const float*, int64_t) { std::abort(); }
 void DeviceProducts::Forget(const float*) { std::abort(); }
+void DeviceProducts::Fetch(float*, int64_t, int64_t, int64_t) { std::abort(); }
+void DeviceProducts::Send(const float*, int64_t, int64_t, int64_t) { std::abort(); }
+void DeviceProducts::Clear(const float*, int64_t) { std::abort(); }
+bool DeviceProducts::Add(float*, const float*, int64_t) { std::abort(); }
 
 }  // namespace mobi
 

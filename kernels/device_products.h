@@ -1,8 +1,9 @@
 // Matrix products and factorizations of host memory on a CUDA device: operands go up, cuBLAS
 // multiplies in fp32 or cuSOLVER factorizes in double, the result comes back. What many products
-// read can be kept there. Products from several threads run side by side, each on a stream of its
-// own; factorizations one after the other. Beside the backend: for offline work whose matrices stay
-// on the host (calibrator/linear_algebra.h).
+// read can be kept there, what they write can live there. Products from several threads run side by
+// side, each on a stream of its own; factorizations one after the other. All is done when a call
+// returns, in an order of its own: the same calls give the same bits. Beside the backend: for
+// offline work whose matrices stay on the host (calibrator/linear_algebra.h).
 #ifndef MOBI_KERNELS_DEVICE_PRODUCTS_H_
 #define MOBI_KERNELS_DEVICE_PRODUCTS_H_
 
@@ -28,13 +29,14 @@ class DeviceProducts {
     bool transposed;
   };
 
-  // nullptr and a reason when there is no usable device.
-  static std::unique_ptr<DeviceProducts> Create(std::string& error);
+  // nullptr and a reason when there is no usable device. At most `most_kept` bytes are kept and
+  // held there.
+  static std::unique_ptr<DeviceProducts> Create(int64_t most_kept, std::string& error);
   ~DeviceProducts();
 
   // out [m, n] = alpha op(a) op(b) + beta out. False, with nothing done, where the host is the
-  // better place: too little work for the bytes to move. A device error aborts: nothing can go on
-  // without it.
+  // better place: too little work for the bytes to move. Never where an operand or the result is
+  // held. A device error aborts: nothing can go on without it.
   bool Multiply(const Operand& a, const Operand& b, float alpha, float beta, float* out,
                 int64_t out_stride);
 
@@ -49,24 +51,46 @@ class DeviceProducts {
   // Until Forget, products that read any part of [data, data + count) read a copy on the device.
   // The host's values must stay what they are meanwhile. False when there is no room for it.
   bool Keep(const float* data, int64_t count);
+  // Until Forget, [data, data + count) lives on the device, not cleared: products read and write
+  // any part of it there, and the host's memory is where Fetch leaves parts and Send takes them
+  // from. One thread at a time for what one of them writes. False when there is no room for it.
+  bool Hold(const float* data, int64_t count);
   void Forget(const float* data);
+  // Copy a part of what is held to the host's memory, or from there, or set it to 0. Nothing is
+  // done where it is not held.
+  void Fetch(float* data, int64_t rows, int64_t cols, int64_t stride);
+  void Send(const float* data, int64_t rows, int64_t cols, int64_t stride);
+  void Clear(const float* data, int64_t count);
+  // y += x. False, with nothing done, where either is not held.
+  bool Add(float* y, const float* x, int64_t count);
 
  private:
   // An operand on the device.
   struct Placed {
-    const float* data;
+    float* data;
     int64_t stride;
+    bool held;
   };
   struct Kept {
     float* device;
     int64_t count;
+    bool held;
   };
-  DeviceProducts();
+  explicit DeviceProducts(int64_t most_kept);
+  // Device memory for what is kept; null where there is no room. Small pieces are taken from and go
+  // back to free_: taking memory from a device and giving it back makes every stream wait.
+  float* Allocate(int64_t count);
+  void Free(float* device, int64_t count);
+  void FreeUnused();
   std::unique_ptr<DeviceLane> Take();
   void GiveBack(std::unique_ptr<DeviceLane> lane);
   std::optional<Placed> Find(const Operand& x);
+  std::optional<Placed> FindHeld(const Operand& x);
 
+  const int64_t most_kept_;
   std::mutex mutex_;
+  int64_t kept_bytes_ = 0;
+  std::multimap<int64_t, float*> free_;  // by their count
   std::vector<std::unique_ptr<DeviceLane>> idle_;
   std::map<const float*, Kept> kept_;  // by where it begins on the host
   std::mutex solver_mutex_;

@@ -110,7 +110,7 @@ class Factorization {
     for (int64_t first = 0; first < x.rows; first += piece) {
       const int64_t rows = std::min(piece, x.rows - first), count = rows * x.cols;
       float* room = lane_.Room(0, count);
-      lane_.CopyUp(room, x.data + first * x.stride, x.stride, rows, x.cols);
+      lane_.CopyUp(room, x.cols, x.data + first * x.stride, x.stride, rows, x.cols);
       Widen<<<BlocksFor(count), kThreads, 0, lane_.stream()>>>(room, count, direction,
                                                                to + first * x.cols * direction);
       CheckDevice(cudaGetLastError());
@@ -126,7 +126,7 @@ class Factorization {
       float* room = lane_.Room(0, count * cols);
       narrow(first, count, room);
       CheckDevice(cudaGetLastError());
-      lane_.CopyDown(out + first * stride, stride, room, count, cols);
+      lane_.CopyDown(out + first * stride, stride, room, cols, count, cols);
     }
   }
 

@@ -85,40 +85,38 @@ float* DeviceLane::Room(int which, int64_t count) {
   return static_cast<float*>(m.data);
 }
 
-void DeviceLane::CopyUp(float* to, const float* from, int64_t stride, int64_t rows, int64_t cols) {
+void DeviceLane::CopyUp(float* to, int64_t to_stride, const float* from, int64_t from_stride,
+                        int64_t rows, int64_t cols) {
   if (cols > kStagedValues) {
-    CheckDevice(cudaMemcpy2DAsync(to, cols * sizeof(float), from, stride * sizeof(float),
-                                  cols * sizeof(float), rows, cudaMemcpyHostToDevice, stream_));
+    Copy(to, to_stride, from, from_stride, rows, cols, cudaMemcpyHostToDevice);
+    Wait();
     return;
   }
   InPieces(rows, cols, [&](int half, int64_t first, int64_t count) {
     CheckDevice(cudaEventSynchronize(copied_[half]));
-    CopyRows(staged_[half], cols, from + first * stride, stride, count, cols);
-    CheckDevice(cudaMemcpyAsync(to + first * cols, staged_[half],
-                                static_cast<size_t>(count * cols) * sizeof(float),
-                                cudaMemcpyHostToDevice, stream_));
+    CopyRows(staged_[half], cols, from + first * from_stride, from_stride, count, cols);
+    Copy(to + first * to_stride, to_stride, staged_[half], cols, count, cols,
+         cudaMemcpyHostToDevice);
     CheckDevice(cudaEventRecord(copied_[half], stream_));
   });
 }
 
-void DeviceLane::CopyDown(float* to, int64_t stride, const float* from, int64_t rows,
-                          int64_t cols) {
+void DeviceLane::CopyDown(float* to, int64_t to_stride, const float* from, int64_t from_stride,
+                          int64_t rows, int64_t cols) {
   if (cols > kStagedValues) {
-    CheckDevice(cudaMemcpy2DAsync(to, stride * sizeof(float), from, cols * sizeof(float),
-                                  cols * sizeof(float), rows, cudaMemcpyDeviceToHost, stream_));
+    Copy(to, to_stride, from, from_stride, rows, cols, cudaMemcpyDeviceToHost);
     Wait();
     return;
   }
   int64_t arriving = 0, arriving_rows = 0;
   const auto unpack = [&](int half) {
     CheckDevice(cudaEventSynchronize(copied_[half]));
-    CopyRows(to + arriving * stride, stride, staged_[half], cols, arriving_rows, cols);
+    CopyRows(to + arriving * to_stride, to_stride, staged_[half], cols, arriving_rows, cols);
   };
   int last = 0;
   InPieces(rows, cols, [&](int half, int64_t first, int64_t count) {
-    CheckDevice(cudaMemcpyAsync(staged_[half], from + first * cols,
-                                static_cast<size_t>(count * cols) * sizeof(float),
-                                cudaMemcpyDeviceToHost, stream_));
+    Copy(staged_[half], cols, from + first * from_stride, from_stride, count, cols,
+         cudaMemcpyDeviceToHost);
     CheckDevice(cudaEventRecord(copied_[half], stream_));
     if (arriving_rows > 0) unpack(half ^ 1);
     arriving = first;
@@ -126,6 +124,18 @@ void DeviceLane::CopyDown(float* to, int64_t stride, const float* from, int64_t 
     last = half;
   });
   unpack(last);
+}
+
+void DeviceLane::Copy(float* to, int64_t to_stride, const float* from, int64_t from_stride,
+                      int64_t rows, int64_t cols, cudaMemcpyKind kind) {
+  const size_t width = static_cast<size_t>(cols) * sizeof(float);
+  if (rows == 1 || (to_stride == cols && from_stride == cols)) {
+    CheckDevice(cudaMemcpyAsync(to, from, static_cast<size_t>(rows) * width, kind, stream_));
+    return;
+  }
+  CheckDevice(cudaMemcpy2DAsync(to, static_cast<size_t>(to_stride) * sizeof(float), from,
+                                static_cast<size_t>(from_stride) * sizeof(float), width,
+                                static_cast<size_t>(rows), kind, stream_));
 }
 
 void DeviceLane::Wait() { CheckDevice(cudaStreamSynchronize(stream_)); }

@@ -36,13 +36,18 @@ class DeviceLane {
   // grows.
   float* Room(int which, int64_t count);
 
-  // `rows` rows of `cols` values, dense on the device. CopyUp returns when the host's may change,
-  // CopyDown when all is there.
-  void CopyUp(float* to, const float* from, int64_t stride, int64_t rows, int64_t cols);
-  void CopyDown(float* to, int64_t stride, const float* from, int64_t rows, int64_t cols);
+  // `rows` rows of `cols` values. CopyUp returns when the host's may change, CopyDown when all is
+  // there.
+  void CopyUp(float* to, int64_t to_stride, const float* from, int64_t from_stride, int64_t rows,
+              int64_t cols);
+  void CopyDown(float* to, int64_t to_stride, const float* from, int64_t from_stride, int64_t rows,
+                int64_t cols);
   void Wait();  // for all that the stream was given
 
  private:
+  void Copy(float* to, int64_t to_stride, const float* from, int64_t from_stride, int64_t rows,
+            int64_t cols, cudaMemcpyKind kind);
+
   struct Memory {
     void* data = nullptr;
     size_t bytes = 0;
