@@ -34,6 +34,21 @@ double Sum(const float* a, int64_t count) {
   return sum;
 }
 
+// Of a row's normal equations the lower triangle. The unknowns: the change of every group's range,
+// then of every group's centre. `products` is the row's of PiecewiseProducts.
+void FillSystem(const float* products, const std::vector<double>& group_sums, int64_t groups,
+                double* a) {
+  const int64_t n = 2 * groups;
+  for (int64_t g = 0; g < groups; ++g) {
+    const float* sums = products + g * n;
+    for (int64_t h = 0; h < groups; ++h) a[(groups + h) * n + g] = sums[h];
+    for (int64_t h = 0; h <= g; ++h) {
+      a[g * n + h] = sums[groups + h];
+      a[(groups + g) * n + groups + h] = group_sums[g * groups + h];
+    }
+  }
+}
+
 }  // namespace
 
 std::vector<double> GroupSums(const Matrix& hessian, int num_threads) {
@@ -85,30 +100,15 @@ void RefitLevel(const Matrix& hessian, const std::vector<double>& group_sums, in
                 int64_t begin, ConstMatrixView gradient, double ridge, NestedWeight& weight) {
   const int64_t rows = gradient.rows, cols = weight.cols, groups = weight.groups();
   const int n = static_cast<int>(2 * groups);
-  Matrix fractions = Matrix::Unfilled(rows, cols), products = Matrix::Unfilled(rows, cols);
+  Matrix fractions = Matrix::Unfilled(rows, cols), products;
   for (int64_t r = 0; r < rows; ++r) {
     CentredFractions(weight.Codes(begin + r), cols, level, fractions.Row(r));
   }
-  // Unknowns of a row: the change of every group's range, then of every group's centre. Of its
-  // system the lower triangle.
-  std::vector<double> systems(static_cast<size_t>(rows * n * n));
-  for (int64_t g = 0; g < groups; ++g) {
-    const ConstMatrixView group = ConstMatrixView(fractions).Columns(g * kGroupSize, kGroupSize);
-    Multiply(group, ConstMatrixView(hessian).Rows(g * kGroupSize, kGroupSize), products);
-    for (int64_t r = 0; r < rows; ++r) {
-      double* a = systems.data() + r * n * n;
-      for (int64_t h = 0; h < groups; ++h) {
-        const float* piece = products.Row(r) + h * kGroupSize;
-        a[(groups + h) * n + g] = Sum(piece, kGroupSize);
-        if (h > g) continue;
-        a[g * n + h] = Dot(piece, fractions.Row(r) + h * kGroupSize, kGroupSize);
-        a[(groups + g) * n + groups + h] = group_sums[g * groups + h];
-      }
-    }
-  }
-  std::vector<double> change(n);
+  PiecewiseProducts(fractions, hessian, kGroupSize, products);
+  std::vector<double> system(static_cast<size_t>(n) * n), change(n);
   for (int64_t r = 0; r < rows; ++r) {
-    double* a = systems.data() + r * n * n;
+    double* a = system.data();
+    FillSystem(products.Row(r), group_sums, groups, a);
     for (int i = 0; i < n; ++i) a[i * n + i] *= 1 + ridge;
     for (int64_t g = 0; g < groups; ++g) {
       const float* piece = gradient.Row(r) + g * kGroupSize;

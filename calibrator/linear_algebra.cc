@@ -45,6 +45,18 @@ std::vector<double> ToDouble(ConstMatrixView m) {
   return out;
 }
 
+float Dot(const float* a, const float* b, int64_t count) {
+  float sum = 0;
+  for (int64_t j = 0; j < count; ++j) sum += a[j] * b[j];
+  return sum;
+}
+
+float Sum(const float* a, int64_t count) {
+  float sum = 0;
+  for (int64_t j = 0; j < count; ++j) sum += a[j];
+  return sum;
+}
+
 DeviceProducts::Operand OperandOf(ConstMatrixView m) {
   return {m.data, m.rows, m.cols, m.stride, false};
 }
@@ -166,6 +178,28 @@ void TransposedMultiply(ConstMatrixView a, ConstMatrixView b, MatrixView out, fl
   if (OnDevice(a, true, b, false, alpha, beta, out)) return;
   cblas_sgemm(CblasRowMajor, CblasTrans, CblasNoTrans, Int(a.cols), Int(b.cols), Int(a.rows), alpha,
               a.data, Int(a.stride), b.data, Int(b.stride), beta, out.data, Int(out.stride));
+}
+
+void PiecewiseProducts(ConstMatrixView a, ConstMatrixView b, int64_t width, Matrix& out) {
+  const int64_t pieces = a.cols / width;
+  out = Matrix::Unfilled(a.rows, 2 * pieces * pieces);
+  if (DeviceProducts* device = Device().get();
+      device != nullptr &&
+      device->PiecewiseProducts(OperandOf(a), OperandOf(b), width, out.data())) {
+    return;
+  }
+  Matrix products = Matrix::Unfilled(a.rows, a.cols);
+  for (int64_t g = 0; g < pieces; ++g) {
+    Multiply(a.Columns(g * width, width), b.Rows(g * width, width), products);
+    for (int64_t i = 0; i < a.rows; ++i) {
+      float* sums = out.Row(i) + g * 2 * pieces;
+      for (int64_t h = 0; h < pieces; ++h) {
+        const float* piece = products.Row(i) + h * width;
+        sums[h] = Sum(piece, width);
+        if (h <= g) sums[pieces + h] = Dot(piece, a.Row(i) + h * width, width);
+      }
+    }
+  }
 }
 
 void AddGram(ConstMatrixView x, MatrixView out, float alpha) {

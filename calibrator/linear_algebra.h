@@ -114,6 +114,10 @@ void Multiply(ConstMatrixView a, ConstMatrixView b, MatrixView out, float alpha 
 // out = alpha a^T b + beta out;  a [k, m], b [k, n], out [m, n].
 void TransposedMultiply(ConstMatrixView a, ConstMatrixView b, MatrixView out, float alpha = 1,
                         float beta = 0);
+// a [m, k], b [k, k], in pieces of `width` columns and rows; out [m, p, 2, p] for the p = k / width
+// pieces of a row: out[i, g, 0, h] = the sum of (a_i,g b_g,h), the product of row i's piece g with
+// a block of b, out[i, g, 1, h] = that product times row i's piece h, for h <= g.
+void PiecewiseProducts(ConstMatrixView a, ConstMatrixView b, int64_t width, Matrix& out);
 // The lower triangle of out += alpha x^T x;  x [n, d], out [d, d].
 void AddGram(ConstMatrixView x, MatrixView out, float alpha = 1);
 // Copies the lower triangle to the upper one.

@@ -40,6 +40,12 @@ class DeviceProducts {
   bool Multiply(const Operand& a, const Operand& b, float alpha, float beta, float* out,
                 int64_t out_stride);
 
+  // out [m, p, 2, p] of a [m, k], b [k, k] and their p pieces of `width` columns and rows: out[i,
+  // g, 0, h] = the sum of the product of row i's piece g with block (g, h) of b, out[i, g, 1, h] =
+  // that product times row i's piece h, for h <= g. False, with nothing done, where the host is the
+  // better place.
+  bool PiecewiseProducts(const Operand& a, const Operand& b, int64_t width, float* out);
+
   // factor [n, n] = the upper triangular U with h^-1 = U^T U, h [n, n] symmetric positive definite;
   // x [m, n] with x h = b, b [m, n]. In double; `stride` is that of the result's rows. 0: done; i >
   // 0: the leading minor of order i (of h turned end for end, for the factor) is not positive, the
@@ -86,6 +92,8 @@ class DeviceProducts {
   void GiveBack(std::unique_ptr<DeviceLane> lane);
   std::optional<Placed> Find(const Operand& x);
   std::optional<Placed> FindHeld(const Operand& x);
+  // Where it is on the device, or in the lane's room `which` once it went up.
+  Placed Place(DeviceLane& lane, int which, const Operand& x);
 
   const int64_t most_kept_;
   std::mutex mutex_;

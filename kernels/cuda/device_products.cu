@@ -63,6 +63,13 @@ std::optional<DeviceProducts::Placed> DeviceProducts::FindHeld(const Operand& x)
   return found && found->held ? found : std::nullopt;
 }
 
+DeviceProducts::Placed DeviceProducts::Place(DeviceLane& lane, int which, const Operand& x) {
+  if (const auto found = Find(x)) return *found;
+  float* to = lane.Room(which, x.rows * x.cols);
+  lane.CopyUp(to, x.cols, x.data, x.stride, x.rows, x.cols);
+  return {to, x.cols, false};
+}
+
 // cuBLAS counts columns first: it is asked for the transpose, out^T = op(b)^T op(a)^T. Rows of the
 // result are made in pieces, so that a lane's room is bounded.
 bool DeviceProducts::Multiply(const Operand& a, const Operand& b, float alpha, float beta,
@@ -79,11 +86,7 @@ bool DeviceProducts::Multiply(const Operand& a, const Operand& b, float alpha, f
     if (m * n * k < std::max(kLeastWork, kWorkPerValue * moved)) return false;
   }
   std::unique_ptr<DeviceLane> lane = Take();
-  if (!at_b) {
-    float* to = lane->Room(1, n * k);
-    lane->CopyUp(to, b.cols, b.data, b.stride, b.rows, b.cols);
-    at_b = Placed{to, b.cols, false};
-  }
+  if (!at_b) at_b = Place(*lane, 1, b);
   if (same) at_a = at_b;
   const int64_t moved_cols = std::max(at_a ? 1 : k, at_out ? 1 : n);
   const int64_t piece = std::clamp<int64_t>(DeviceLane::kRoomValues / moved_cols, 1, m);

@@ -32,7 +32,7 @@ class DeviceLane {
   cudaStream_t stream() const { return stream_; }
   cublasHandle_t cublas() const { return cublas_; }
 
-  // Device memory for `count` values of operand `which` (0 to 2); what was there is lost when it
+  // Device memory for `count` values of operand `which` (0 to 3); what was there is lost when it
   // grows.
   float* Room(int which, int64_t count);
 
@@ -56,7 +56,7 @@ class DeviceLane {
   cublasHandle_t cublas_ = nullptr;
   std::array<float*, 2> staged_{};
   std::array<cudaEvent_t, 2> copied_{};
-  std::array<Memory, 3> memory_;
+  std::array<Memory, 4> memory_;
 };
 
 // cuSOLVER's handle, for one call at a time.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <utility>
 #include <vector>
 
@@ -111,6 +112,37 @@ TEST_P(DeviceMatrixTest, TakesAndGivesManyAtOnce) {
       for (int64_t c = 0; c < columns.cols; ++c) ASSERT_EQ(columns.Row(r)[c], m(r, i + c));
     }
   });
+}
+
+// Rows of pieces that no power of two divides, operands that are pieces of matrices, more products
+// than are made at once; where the host makes them, and where the device does.
+std::vector<Matrix> Pieces() {
+  std::vector<Matrix> out;
+  const Matrix a = RandomMatrix(67, 1300, 1), b = RandomMatrix(1300, 1310, 2);
+  const ConstMatrixView x(a), y(b);
+  PiecewiseProducts(x.Columns(3, 1280), y.Rows(5, 1280).Columns(7, 1280), 128, out.emplace_back());
+  PiecewiseProducts(x.Rows(1, 5).Columns(0, 120), y.Rows(0, 120).Columns(1, 120), 40,
+                    out.emplace_back());
+  PiecewiseProducts(x.Rows(2, 64).Columns(9, 1221), y.Rows(3, 1221).Columns(2, 1221), 37,
+                    out.emplace_back());
+  const Matrix h = RandomMatrix(640, 640, 3);
+  const DeviceCopy kept(h);
+  PiecewiseProducts(x.Rows(0, 66).Columns(1, 640), h, 128, out.emplace_back());
+  for (Matrix& m : out) {
+    const auto pieces = static_cast<int64_t>(std::sqrt(m.cols() / 2));
+    for (int64_t i = 0; i < m.size(); ++i) {
+      const int64_t h = i % pieces, g = i / (2 * pieces) % pieces;
+      if (i / pieces % 2 == 1 && h > g) m.data()[i] = 0;  // not made
+    }
+  }
+  return out;
+}
+
+TEST_P(DeviceMatrixTest, ReducesProductsByPieces) {
+  const auto device = Pieces(), again = Pieces();
+  ExpectNear(device, again, 0);
+  UseHost();
+  ExpectNear(device, Pieces(), 5e-2);  // sums of 16384 products
 }
 
 // What a linear is fitted from and the fit. Rounding chooses other codes, which are no worse.
