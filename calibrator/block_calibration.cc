@@ -126,7 +126,7 @@ void BlockPass::AdvanceSequence(LinearGroup group, int64_t stream, int64_t seque
       RmsNorm(hidden, weights_.post_attention_norm, config_.rms_norm_eps, out);
       break;
     case LinearGroup::kDown: {
-      Matrix gate_up = Matrix::Unfilled(length, weight->rows());
+      DeviceMatrix gate_up = DeviceMatrix::Unfilled(length, weight->rows());
       MultiplyTransposed(InputOf(stream, sequence), *weight, gate_up);
       SwiGlu(gate_up, out);
       break;
@@ -141,12 +141,13 @@ void BlockPass::AdvanceFloatDown() {
   const int64_t length = streams_.seq_len;
   float_down_ =
       Sum(down.cols(), 0, [&](int64_t first, int64_t count, int threads, InputSums& sums) {
-        Matrix input = Matrix::Unfilled(count, down.cols());
+        DeviceMatrix input = DeviceMatrix::Unfilled(count, down.cols());
         ParallelFor(threads, count / length, [&](int64_t i) {
           const int64_t sequence = first / length + i;
           const MatrixView rows = MatrixView(input).Rows(i * length, length);
           AdvanceSequence(LinearGroup::kDown, 0, sequence, &gate_up, rows);
           MultiplyTransposed(rows, down, HiddenOf(0, sequence), 1, 1);
+          if (fits_) input.FetchRows(i * length, length);  // whose squares the host sums
         });
         if (fits_) AddFloat(input, threads, sums);
       });
@@ -230,6 +231,7 @@ InputSums BlockPass::FloatSums(int64_t cols) const {
 InputSums BlockPass::StreamSums(int64_t stream, int64_t cols, int64_t residual_rows) const {
   return Sum(cols, residual_rows, [&](int64_t first, int64_t count, int threads, InputSums& sums) {
     const ConstMatrixView input = ConstMatrixView(inputs_[stream]).Rows(first, count);
+    const DeviceCopy copy(input, threads);  // for both products
     if (residual_rows == 0) {
       sums.statistics.Add(input, ConstMatrixView(inputs_[0]).Rows(first, count));
       return;

@@ -106,6 +106,17 @@ DeviceCopy::DeviceCopy(const Matrix& m) {
   if (device != nullptr && device->Keep(m.data(), m.size())) data_ = m.data();
 }
 
+DeviceCopy::DeviceCopy(ConstMatrixView rows, int num_threads) {
+  DeviceProducts* device = Device().get();
+  if (device == nullptr || !device->Hold(rows.data, rows.rows * rows.cols)) return;
+  data_ = rows.data;
+  const int64_t piece = (rows.rows + num_threads - 1) / num_threads;
+  ParallelFor(num_threads, num_threads, [&](int64_t i) {
+    const int64_t first = std::min(i * piece, rows.rows), last = std::min(first + piece, rows.rows);
+    if (first < last) device->Send(rows.Row(first), last - first, rows.cols, rows.stride);
+  });
+}
+
 DeviceCopy::~DeviceCopy() {
   if (data_ != nullptr && Device() != nullptr) Device()->Forget(data_);
 }
@@ -142,6 +153,12 @@ DeviceMatrix::~DeviceMatrix() {
 const Matrix& DeviceMatrix::Fetch() const {
   if (held_ != nullptr) Device()->Fetch(matrix_.data(), rows(), cols(), cols());
   return matrix_;
+}
+
+MatrixView DeviceMatrix::FetchRows(int64_t begin, int64_t count) {
+  const MatrixView part = MatrixView(matrix_).Rows(begin, count);
+  if (held_ != nullptr) Device()->Fetch(part.data, part.rows, part.cols, part.stride);
+  return part;
 }
 
 MatrixView DeviceMatrix::FetchColumns(int64_t begin, int64_t count) {
@@ -206,6 +223,18 @@ void AddGram(ConstMatrixView x, MatrixView out, float alpha) {
   if (OnDevice(x, true, x, false, alpha, 1, out)) return;
   cblas_ssyrk(CblasRowMajor, CblasLower, CblasTrans, Int(x.cols), Int(x.rows), alpha, x.data,
               Int(x.stride), 1.0f, out.data, Int(out.stride));
+}
+
+bool CausalAttentionOnDevice(ConstMatrixView qkv, int64_t heads, int64_t kv_heads, float scale,
+                             MatrixView out) {
+  DeviceProducts* device = Device().get();
+  return device != nullptr &&
+         device->CausalAttention(OperandOf(qkv), heads, kv_heads, scale, out.data, out.stride);
+}
+
+bool SwiGluOnDevice(ConstMatrixView gate_up, MatrixView out) {
+  DeviceProducts* device = Device().get();
+  return device != nullptr && device->SwiGlu(OperandOf(gate_up), out.data, out.stride);
 }
 
 void MirrorLower(MatrixView m, int num_threads) {

@@ -37,6 +37,8 @@ class DeviceCopy {
  public:
   DeviceCopy() = default;
   explicit DeviceCopy(const Matrix& m);
+  // Rows of a matrix, whole; they go up from `num_threads` threads.
+  DeviceCopy(ConstMatrixView rows, int num_threads);
   DeviceCopy(DeviceCopy&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
   DeviceCopy& operator=(DeviceCopy&& other) noexcept {
     std::swap(data_, other.data_);
@@ -97,6 +99,7 @@ class DeviceMatrix {
   // On the host, with the values of now.
   const Matrix& Fetch() const;
   MatrixView FetchColumns(int64_t begin, int64_t count);
+  MatrixView FetchRows(int64_t begin, int64_t count);
   // += other, of the same size.
   void Add(const DeviceMatrix& other);
 
@@ -120,6 +123,14 @@ void TransposedMultiply(ConstMatrixView a, ConstMatrixView b, MatrixView out, fl
 void PiecewiseProducts(ConstMatrixView a, ConstMatrixView b, int64_t width, Matrix& out);
 // The lower triangle of out += alpha x^T x;  x [n, d], out [d, d].
 void AddGram(ConstMatrixView x, MatrixView out, float alpha = 1);
+// Steps between products that a device makes, too; false, with nothing done, where the host is to
+// make them (llama_block.h has both).
+// out [n, heads head_dim], on the host, = causal attention of qkv [n, (heads + 2 kv_heads)
+// head_dim].
+bool CausalAttentionOnDevice(ConstMatrixView qkv, int64_t heads, int64_t kv_heads, float scale,
+                             MatrixView out);
+// out [n, cols] = silu(gate) up of gate_up [n, 2 cols], where either is a DeviceMatrix.
+bool SwiGluOnDevice(ConstMatrixView gate_up, MatrixView out);
 // Copies the lower triangle to the upper one.
 void MirrorLower(MatrixView m, int num_threads = 1);
 

@@ -98,6 +98,10 @@ void Rotate(const ModelConfig& config, const RopeValues& rope, int64_t seq_len, 
 // Causal attention of one sequence; qkv is rotated already, out [tokens, heads * head_dim].
 void CausalAttention(const ModelConfig& config, ConstMatrixView qkv, MatrixView out) {
   const int64_t tokens = qkv.rows, dim = config.head_dim;
+  if (CausalAttentionOnDevice(qkv, config.num_attention_heads, config.num_key_value_heads,
+                              AttentionScale(config), out)) {
+    return;
+  }
   Matrix scores(std::min(kQueryBlock, tokens), tokens);
   for (int64_t head = 0; head < config.num_attention_heads; ++head) {
     const HeadColumns at = ColumnsOf(config, head);
@@ -147,6 +151,7 @@ void CausalAttentionBackward(const ModelConfig& config, ConstMatrixView qkv, Con
 }  // namespace
 
 void SwiGlu(ConstMatrixView gate_up, MatrixView out) {
+  if (SwiGluOnDevice(gate_up, out)) return;
   for (int64_t i = 0; i < gate_up.rows; ++i) {
     SiluTimes(gate_up.Row(i), gate_up.Row(i) + out.cols, out.Row(i), out.cols);
   }

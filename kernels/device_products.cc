@@ -24,6 +24,10 @@ bool DeviceProducts::Multiply(const Operand&, const Operand&, float, float, floa
 bool DeviceProducts::PiecewiseProducts(const Operand&, const Operand&, int64_t, float*) {
   std::abort();
 }
+bool DeviceProducts::CausalAttention(const Operand&, int64_t, int64_t, float, float*, int64_t) {
+  std::abort();
+}
+bool DeviceProducts::SwiGlu(const Operand&, float*, int64_t) { std::abort(); }
 std::optional<int> DeviceProducts::InverseFactor(const Operand&, float*, int64_t) { std::abort(); }
 std::optional<int> DeviceProducts::SolveRows(const Operand&, const Operand&, float*, int64_t) {
   std::abort();

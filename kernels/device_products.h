@@ -46,6 +46,14 @@ class DeviceProducts {
   // better place.
   bool PiecewiseProducts(const Operand& a, const Operand& b, int64_t width, float* out);
 
+  // out [n, heads dim] = causal attention of qkv [n, (heads + 2 kv_heads) dim], every row behind
+  // those before it; out is not held. False, with nothing done, where the host is the better place.
+  bool CausalAttention(const Operand& qkv, int64_t heads, int64_t kv_heads, float scale, float* out,
+                       int64_t out_stride);
+  // out [n, cols] = silu(gate) up of gate_up [n, 2 cols]. False, with nothing done, where neither
+  // is held.
+  bool SwiGlu(const Operand& gate_up, float* out, int64_t out_stride);
+
   // factor [n, n] = the upper triangular U with h^-1 = U^T U, h [n, n] symmetric positive definite;
   // x [m, n] with x h = b, b [m, n]. In double; `stride` is that of the result's rows. 0: done; i >
   // 0: the leading minor of order i (of h turned end for end, for the factor) is not positive, the
@@ -83,8 +91,9 @@ class DeviceProducts {
     bool held;
   };
   explicit DeviceProducts(int64_t most_kept);
-  // Device memory for what is kept; null where there is no room. Small pieces are taken from and go
-  // back to free_: taking memory from a device and giving it back makes every stream wait.
+  // Device memory for what is kept; null where there is no room. What is not of the largest goes
+  // back to free_ and is taken from there: giving memory back to a device makes every stream wait.
+  // Free and FreeUnused: with mutex_ locked.
   float* Allocate(int64_t count);
   void Free(float* device, int64_t count);
   void FreeUnused();
@@ -97,8 +106,8 @@ class DeviceProducts {
 
   const int64_t most_kept_;
   std::mutex mutex_;
-  int64_t kept_bytes_ = 0;
-  std::multimap<int64_t, float*> free_;  // by their count
+  int64_t kept_bytes_ = 0, free_bytes_ = 0;  // of at most most_kept_ together
+  std::multimap<int64_t, float*> free_;      // by their count
   std::vector<std::unique_ptr<DeviceLane>> idle_;
   std::map<const float*, Kept> kept_;  // by where it begins on the host
   std::mutex solver_mutex_;

@@ -11,9 +11,8 @@ namespace {
 
 // Values of a long vector that are taken for a row.
 constexpr int64_t kVectorCols = int64_t{1} << 20;
-// Values of the largest piece that is not given back to the device when it is freed, and of all
-// such pieces together.
-constexpr int64_t kReusedValues = int64_t{1} << 24, kMostUnused = int64_t{1} << 30;
+// Values of the largest piece that is not given back to the device when it is freed.
+constexpr int64_t kReusedValues = int64_t{1} << 27;
 
 int64_t Bytes(int64_t count) { return count * static_cast<int64_t>(sizeof(float)); }
 
@@ -26,10 +25,15 @@ float* DeviceProducts::Allocate(int64_t count) {
   if (const auto found = free_.find(count); found != free_.end()) {
     device = found->second;
     free_.erase(found);
-  } else if (cudaMalloc(&device, static_cast<size_t>(Bytes(count))) != cudaSuccess) {
-    cudaGetLastError();
-    FreeUnused();
-    if (cudaMalloc(&device, static_cast<size_t>(Bytes(count))) != cudaSuccess) {
+    free_bytes_ -= Bytes(count);
+  } else {
+    if (kept_bytes_ + free_bytes_ + Bytes(count) > most_kept_) FreeUnused();
+    cudaError_t error = cudaMalloc(&device, static_cast<size_t>(Bytes(count)));
+    if (error != cudaSuccess && free_bytes_ > 0) {
+      FreeUnused();
+      error = cudaMalloc(&device, static_cast<size_t>(Bytes(count)));
+    }
+    if (error != cudaSuccess) {
       cudaGetLastError();
       return nullptr;
     }
@@ -38,22 +42,20 @@ float* DeviceProducts::Allocate(int64_t count) {
   return static_cast<float*>(device);
 }
 
-// With the lock taken.
 void DeviceProducts::Free(float* device, int64_t count) {
   kept_bytes_ -= Bytes(count);
   if (count > kReusedValues) {
     CheckDevice(cudaFree(device));
     return;
   }
-  int64_t unused = count;
-  for (const auto& [size, data] : free_) unused += size;
-  if (unused > kMostUnused) FreeUnused();
   free_.emplace(count, device);
+  free_bytes_ += Bytes(count);
 }
 
 void DeviceProducts::FreeUnused() {
   for (const auto& [size, data] : free_) cudaFree(data);
   free_.clear();
+  free_bytes_ = 0;
 }
 
 bool DeviceProducts::Keep(const float* data, int64_t count) {

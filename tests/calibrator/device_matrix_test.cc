@@ -6,10 +6,13 @@
 #include <utility>
 #include <vector>
 
+#include "calibrator/block_calibration.h"
 #include "calibrator/linear_algebra.h"
 #include "calibrator/linear_fit.h"
+#include "calibrator/llama_block.h"
 #include "calibrator/parallel.h"
 #include "calibrator/statistics.h"
+#include "engine/rope.h"
 #include "tests/calibrator/random_matrix.h"
 
 namespace mobi {
@@ -143,6 +146,114 @@ TEST_P(DeviceMatrixTest, ReducesProductsByPieces) {
   ExpectNear(device, again, 0);
   UseHost();
   ExpectNear(device, Pieces(), 5e-2);  // sums of 16384 products
+}
+
+// Three queries to a key, sequences that no block of queries divides, small ones for the host.
+ModelConfig SmallConfig(int head_dim) {
+  ModelConfig config;
+  config.hidden_size = 256;
+  config.intermediate_size = 384;
+  config.num_attention_heads = 6;
+  config.num_key_value_heads = 2;
+  config.head_dim = head_dim;
+  config.max_position_embeddings = 700;
+  config.rms_norm_eps = 1e-5f;
+  config.rope_theta = 1e4;
+  return config;
+}
+
+std::vector<Matrix> Attended() {
+  const ModelConfig config = SmallConfig(40);
+  const RopeValues rope = ComputeRope(config, 700);
+  std::vector<Matrix> out;
+  for (const int64_t length : {601, 256, 7}) {
+    Matrix qkv = RandomMatrix(2 * length, 400, 1);
+    out.emplace_back(2 * length, 250);
+    Attend({config, rope, length}, qkv, MatrixView(out.back()).Columns(3, 240));
+  }
+  return out;
+}
+
+TEST_P(DeviceMatrixTest, AttendsAsTheHostDoes) {
+  const auto device = Attended(), again = Attended();
+  ExpectNear(device, again, 0);
+  UseHost();
+  ExpectNear(device, Attended(), 1e-4);
+}
+
+// From and to a part, and to the host.
+std::vector<Matrix> Activated() {
+  DeviceMatrix gate_up(RandomMatrix(130, 302, 1, 4)), into(70, 155);
+  std::vector<Matrix> out;
+  SwiGlu(gate_up, out.emplace_back(130, 151));
+  SwiGlu(ConstMatrixView(gate_up).Rows(51, 60).Columns(1, 300),
+         MatrixView(into).Rows(3, 60).Columns(2, 150));
+  out.push_back(into.Fetch());
+  SwiGlu(RandomMatrix(70, 310, 3), into);
+  out.push_back(into.Fetch());
+  into = DeviceMatrix(RandomMatrix(70, 155, 2));
+  const MatrixView rows = into.FetchRows(3, 60);
+  out.push_back(Matrix(60, 155));
+  for (int64_t i = 0; i < 60; ++i) std::copy_n(rows.Row(i), 155, out.back().Row(i));
+  return out;
+}
+
+TEST_P(DeviceMatrixTest, ActivatesAsTheHostDoes) {
+  const auto device = Activated(), again = Activated();
+  ExpectNear(device, again, 0);
+  UseHost();
+  ExpectNear(device, Activated(), 1e-5);
+}
+
+// The float stream behind a block that is calibrated, what its fit lost, and the codes.
+struct Block {
+  std::vector<Matrix> hidden;
+  std::vector<uint8_t> codes;
+};
+
+Block CalibrateOne() {
+  SetBlasThreads(2);
+  const ModelConfig config = SmallConfig(64);
+  const RopeValues rope = ComputeRope(config, 700);
+  BlockWeights weights;
+  weights.linear = {RandomMatrix(640, 256, 1, 0.05f), RandomMatrix(256, 384, 2, 0.05f),
+                    RandomMatrix(768, 256, 3, 0.05f), RandomMatrix(256, 384, 4, 0.05f)};
+  weights.input_norm.assign(256, 1);
+  weights.post_attention_norm.assign(256, 1);
+  CalibrationStreams streams;
+  streams.seq_len = 130;
+  streams.float_hidden = RandomMatrix(6 * 130, 256, 5);
+  streams.hidden = {RandomMatrix(6 * 130, 256, 5), RandomMatrix(6 * 130, 256, 5)};
+  BlockCalibrationOptions options;
+  options.num_threads = 2;
+  const auto fitted = CalibrateBlock(config, weights, rope, options, streams,
+                                     [](const std::string&, double) { return absl::OkStatus(); });
+  EXPECT_TRUE(fitted.ok()) << fitted.status();
+  Block block;
+  block.hidden.push_back(streams.float_hidden);
+  for (const Matrix& hidden : streams.hidden) block.hidden.push_back(hidden);
+  block.codes = fitted->linear.back().codes;
+  return block;
+}
+
+TEST_P(DeviceMatrixTest, CalibratesBlocksAsTheHostDoes) {
+  const Block device = CalibrateOne(), again = CalibrateOne();
+  ExpectNear(device.hidden, again.hidden, 0);
+  EXPECT_EQ(device.codes, again.codes);
+  UseHost();
+  const Block host = CalibrateOne();
+  ExpectNear({device.hidden[0]}, {host.hidden[0]}, 1e-3);
+  // Codes differ, and what a stream is off the float model with them: not in size.
+  for (size_t s = 1; s < host.hidden.size(); ++s) {
+    const auto error = [&](const Block& block) {
+      double sum = 0;
+      for (int64_t i = 0; i < block.hidden[0].size(); ++i) {
+        sum += std::pow(block.hidden[s].data()[i] - block.hidden[0].data()[i], 2);
+      }
+      return sum;
+    };
+    EXPECT_NEAR(error(device), error(host), 0.05 * error(host)) << "stream " << s;
+  }
 }
 
 // What a linear is fitted from and the fit. Rounding chooses other codes, which are no worse.
