@@ -1,6 +1,7 @@
 #include "calibrator/code_descent.h"
 
 #include <algorithm>
+#include <array>
 #include <vector>
 
 #include "calibrator/code_search.h"
@@ -14,19 +15,17 @@ MOBI_VECTORIZED void AddScaledGroup(float* out, const float* x, float scale) {
   for (int i = 0; i < kGroupSize; ++i) out[i] += scale * x[i];
 }
 
-// Of one group's columns, per level.
-using GroupGradients = std::array<MatrixView, kNumLevels>;
-using GroupChange = std::array<Matrix, kNumLevels>;
-
-// Visits the columns of one group of one row. `change` receives each level's change of value.
-int64_t DescendGroup(const FittingProblem& problem, int64_t row, int64_t r, int64_t group,
-                     const GroupGradients& gradients, GroupChange& change, NestedWeight& weight) {
+// Visits the columns of one group of one row, `r` of the `count` of every level in `gradients` and
+// `change`: the group's columns of the gradients, and what receives each level's change of value.
+int64_t DescendGroup(const FittingProblem& problem, int64_t row, int64_t r, int64_t count,
+                     int64_t group, ConstMatrixView gradients, Matrix& change,
+                     NestedWeight& weight) {
   const int64_t first = group * kGroupSize;
   const LevelGrids grids = GridsOf(weight, row, group);
   uint8_t* codes = weight.Codes(row) + first;
   float gradient[kNumLevels][kGroupSize];
   for (int k = 0; k < kNumLevels; ++k) {
-    std::copy_n(gradients[k].Row(r), kGroupSize, gradient[k]);
+    std::copy_n(gradients.Row(k * count + r), kGroupSize, gradient[k]);
   }
   int64_t changed = 0;
   for (int j = 0; j < kGroupSize; ++j) {
@@ -44,7 +43,7 @@ int64_t DescendGroup(const FittingProblem& problem, int64_t row, int64_t r, int6
     for (int k = 0; k < kNumLevels; ++k) {
       const float delta = ValueAt(grids, code, k + 1) - value[k];
       if (delta == 0) continue;
-      change[k](r, j) = delta;
+      change(k * count + r, j) = delta;
       AddScaledGroup(gradient[k], problem.stream(k + 1).hessian.Row(first + j) + first, delta);
     }
   }
@@ -55,7 +54,7 @@ int64_t DescendGroup(const FittingProblem& problem, int64_t row, int64_t r, int6
 
 LevelGradients Gradients(const FittingProblem& problem, const NestedWeight& weight, int64_t begin,
                          int64_t count) {
-  LevelGradients gradients;
+  LevelGradients gradients(count, problem.cols());
   Matrix error = Matrix::Unfilled(count, problem.cols());
   for (int level = 1; level <= kNumLevels; ++level) {
     const StreamProblem& stream = problem.stream(level);
@@ -64,8 +63,7 @@ LevelGradients Gradients(const FittingProblem& problem, const NestedWeight& weig
       const float* target = stream.target.Row(begin + r);
       for (int64_t j = 0; j < problem.cols(); ++j) error(r, j) -= target[j];
     }
-    gradients[level - 1] = DeviceMatrix::Unfilled(count, problem.cols());
-    Multiply(error, stream.hessian, gradients[level - 1]);
+    Multiply(error, stream.hessian, gradients.Of(level));
   }
   return gradients;
 }
@@ -86,25 +84,23 @@ double LevelLoss(const FittingProblem& problem, const NestedWeight& weight, int 
 
 int64_t DescendCodes(const FittingProblem& problem, int64_t begin, int64_t count,
                      LevelGradients& gradients, NestedWeight& weight) {
-  GroupChange change;
-  for (Matrix& m : change) m = Matrix(count, kGroupSize);
+  Matrix change(kNumLevels * count, kGroupSize);
   int64_t changed = 0;
   for (int64_t group = 0; group < weight.groups(); ++group) {
-    for (Matrix& m : change) m.Fill(0);
-    GroupGradients in_columns;
-    for (int k = 0; k < kNumLevels; ++k) {
-      in_columns[k] = gradients[k].FetchColumns(group * kGroupSize, kGroupSize);
-    }
+    change.Fill(0);
+    const int64_t first = group * kGroupSize;
+    const MatrixView in_columns = gradients.all().FetchColumns(first, kGroupSize);
     int64_t in_group = 0;
     for (int64_t r = 0; r < count; ++r) {
-      in_group += DescendGroup(problem, begin + r, r, group, in_columns, change, weight);
+      in_group += DescendGroup(problem, begin + r, r, count, group, in_columns, change, weight);
     }
     changed += in_group;
     if (in_group == 0) continue;
-    for (int k = 0; k < kNumLevels; ++k) {
-      const ConstMatrixView hessian(problem.stream(k + 1).hessian);
-      Multiply(change[k], hessian.Rows(group * kGroupSize, kGroupSize), gradients[k], 1, 1);
+    std::vector<ConstMatrixView> hessians;
+    for (int level = 1; level <= kNumLevels; ++level) {
+      hessians.push_back(ConstMatrixView(problem.stream(level).hessian).Rows(first, kGroupSize));
     }
+    MultiplyParts(change, hessians, gradients.all(), 1, 1);
   }
   return changed;
 }

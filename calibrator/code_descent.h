@@ -4,7 +4,6 @@
 #ifndef MOBI_CALIBRATOR_CODE_DESCENT_H_
 #define MOBI_CALIBRATOR_CODE_DESCENT_H_
 
-#include <array>
 #include <cstdint>
 
 #include "calibrator/fitting_problem.h"
@@ -15,7 +14,22 @@ namespace mobi {
 
 // (W_level - target) H for rows [begin, begin + count) and every level: what a change of a weight
 // costs to first order.
-using LevelGradients = std::array<DeviceMatrix, kNumLevels>;
+class LevelGradients {
+ public:
+  LevelGradients(int64_t count, int64_t cols)
+      : count_(count), all_(DeviceMatrix::Unfilled(kNumLevels * count, cols)) {}
+
+  int64_t count() const { return count_; }
+  // The rows of level 1, then those of level 2, and so on.
+  DeviceMatrix& all() { return all_; }
+  MatrixView Of(int level) { return MatrixView(all_).Rows((level - 1) * count_, count_); }
+  // For the host.
+  ConstMatrixView Fetch(int level) const { return all_.FetchRows((level - 1) * count_, count_); }
+
+ private:
+  int64_t count_;
+  DeviceMatrix all_;
+};
 
 LevelGradients Gradients(const FittingProblem& problem, const NestedWeight& weight, int64_t begin,
                          int64_t count);

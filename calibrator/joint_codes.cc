@@ -29,35 +29,36 @@ MOBI_VECTORIZED void SubtractScaled(float* out, const float* x, float scale, int
   for (int64_t i = 0; i < count; ++i) out[i] -= scale * x[i];
 }
 
-// One feedback state per level: current targets of the rows in walking order, those of the block's
-// columns, and the errors there.
-struct LevelState {
-  const Matrix* factor;
-  DeviceMatrix target;
+// Feedback to the rows, level after level: their current targets in walking order, those of the
+// block's columns, and the errors there.
+struct Feedback {
+  std::array<const Matrix*, kNumLevels> factors;
+  DeviceMatrix targets;
   MatrixView block;
-  Matrix error;
+  Matrix errors;
 };
 
-// The level's targets of rows [begin, begin + count), their columns in walking order.
-Matrix TargetsInOrder(const Matrix& targets, const std::vector<int64_t>& order, int64_t begin,
-                      int64_t count) {
-  Matrix out = Matrix::Unfilled(count, targets.cols());
-  for (int64_t r = 0; r < count; ++r) {
-    const float* target = targets.Row(begin + r);
-    for (int64_t i = 0; i < out.cols(); ++i) out(r, i) = target[order[i]];
+// Every level's targets of rows [begin, begin + count), their columns in walking order.
+Matrix TargetsInOrder(const FittingProblem& problem, const std::vector<int64_t>& order,
+                      int64_t begin, int64_t count) {
+  Matrix out = Matrix::Unfilled(kNumLevels * count, problem.cols());
+  for (int64_t i = 0; i < out.rows(); ++i) {
+    const int level = static_cast<int>(i / count) + 1;
+    const float* target = problem.stream(level).target.Row(begin + i % count);
+    for (int64_t j = 0; j < out.cols(); ++j) out(i, j) = target[order[j]];
   }
   return out;
 }
 
 void WalkBlock(const FittingProblem& problem, const FeedbackPlan& plan, int64_t begin, int64_t r,
-               int64_t first, int64_t last, const std::vector<LevelGrids>& grids,
-               std::array<LevelState, kNumLevels>& states, NestedWeight& weight) {
+               int64_t count, int64_t first, int64_t last, const std::vector<LevelGrids>& grids,
+               Feedback& feedback, NestedWeight& weight) {
   for (int64_t i = first; i < last; ++i) {
     const int64_t column = plan.order[i];
     std::array<float, kNumLevels> target, cost, pivot;
     for (int k = 0; k < kNumLevels; ++k) {
-      pivot[k] = (*states[k].factor)(i, i);
-      target[k] = states[k].block.Row(r)[i - first];
+      pivot[k] = (*feedback.factors[k])(i, i);
+      target[k] = feedback.block.Row(k * count + r)[i - first];
       cost[k] = problem.level_weights[k] / (pivot[k] * pivot[k]);
     }
     const LevelGrids& grid = grids[column / kGroupSize];
@@ -65,9 +66,9 @@ void WalkBlock(const FittingProblem& problem, const FeedbackPlan& plan, int64_t 
     code = static_cast<uint8_t>(NearestCode(grid, target.data(), cost.data(), code));
     for (int k = 0; k < kNumLevels; ++k) {
       const float error = (target[k] - ValueAt(grid, code, k + 1)) / pivot[k];
-      states[k].error(r, i - first) = error;
-      SubtractScaled(states[k].block.Row(r) + i - first + 1, states[k].factor->Row(i) + i + 1,
-                     error, last - i - 1);
+      feedback.errors(k * count + r, i - first) = error;
+      SubtractScaled(feedback.block.Row(k * count + r) + i - first + 1,
+                     feedback.factors[k]->Row(i) + i + 1, error, last - i - 1);
     }
   }
 }
@@ -91,13 +92,12 @@ absl::StatusOr<FeedbackPlan> PlanFeedback(const FittingProblem& problem, int num
 void ChooseJointCodes(const FittingProblem& problem, const FeedbackPlan& plan, int64_t begin,
                       int64_t count, NestedWeight& weight) {
   const int64_t cols = problem.cols();
-  std::array<LevelState, kNumLevels> states;
+  Feedback feedback;
   for (int k = 0; k < kNumLevels; ++k) {
-    states[k].factor = &plan.factors[problem.stream_of_level[k]];
-    states[k].target =
-        DeviceMatrix(TargetsInOrder(problem.stream(k + 1).target, plan.order, begin, count));
-    states[k].error = Matrix(count, kBlock);
+    feedback.factors[k] = &plan.factors[problem.stream_of_level[k]];
   }
+  feedback.targets = DeviceMatrix(TargetsInOrder(problem, plan.order, begin, count));
+  feedback.errors = Matrix(kNumLevels * count, kBlock);
   std::vector<std::vector<LevelGrids>> grids(static_cast<size_t>(count));
   for (int64_t r = 0; r < count; ++r) {
     for (int64_t g = 0; g < weight.groups(); ++g) {
@@ -106,18 +106,18 @@ void ChooseJointCodes(const FittingProblem& problem, const FeedbackPlan& plan, i
   }
   for (int64_t first = 0; first < cols; first += kBlock) {
     const int64_t last = std::min(first + kBlock, cols);
-    for (LevelState& state : states) {
-      state.block = state.target.FetchColumns(first, last - first);
-    }
+    feedback.block = feedback.targets.FetchColumns(first, last - first);
     for (int64_t r = 0; r < count; ++r) {
-      WalkBlock(problem, plan, begin, r, first, last, grids[r], states, weight);
+      WalkBlock(problem, plan, begin, r, count, first, last, grids[r], feedback, weight);
     }
     if (last == cols) break;
-    for (LevelState& state : states) {
-      Multiply(ConstMatrixView(state.error).Columns(0, last - first),
-               ConstMatrixView(*state.factor).Rows(first, last - first).Columns(last, cols - last),
-               MatrixView(state.target).Columns(last, cols - last), -1, 1);
+    std::vector<ConstMatrixView> behind;
+    for (const Matrix* factor : feedback.factors) {
+      behind.push_back(
+          ConstMatrixView(*factor).Rows(first, last - first).Columns(last, cols - last));
     }
+    MultiplyParts(ConstMatrixView(feedback.errors).Columns(0, last - first), behind,
+                  MatrixView(feedback.targets).Columns(last, cols - last), -1, 1);
   }
 }
 

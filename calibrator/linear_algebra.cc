@@ -155,7 +155,7 @@ const Matrix& DeviceMatrix::Fetch() const {
   return matrix_;
 }
 
-MatrixView DeviceMatrix::FetchRows(int64_t begin, int64_t count) {
+ConstMatrixView DeviceMatrix::FetchRows(int64_t begin, int64_t count) const {
   const MatrixView part = MatrixView(matrix_).Rows(begin, count);
   if (held_ != nullptr) Device()->Fetch(part.data, part.rows, part.cols, part.stride);
   return part;
@@ -188,6 +188,20 @@ void Multiply(ConstMatrixView a, ConstMatrixView b, MatrixView out, float alpha,
   if (OnDevice(a, false, b, false, alpha, beta, out)) return;
   cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, Int(a.rows), Int(b.cols), Int(a.cols),
               alpha, a.data, Int(a.stride), b.data, Int(b.stride), beta, out.data, Int(out.stride));
+}
+
+void MultiplyParts(ConstMatrixView a, const std::vector<ConstMatrixView>& b, MatrixView out,
+                   float alpha, float beta) {
+  if (DeviceProducts* device = Device().get(); device != nullptr) {
+    std::vector<DeviceProducts::Operand> operands;
+    for (const ConstMatrixView& part : b) operands.push_back(OperandOf(part));
+    if (device->MultiplyParts(OperandOf(a), operands, alpha, beta, out.data, out.stride)) return;
+  }
+  const int64_t rows = a.rows / static_cast<int64_t>(b.size());
+  for (size_t i = 0; i < b.size(); ++i) {
+    const int64_t first = static_cast<int64_t>(i) * rows;
+    Multiply(a.Rows(first, rows), b[i], out.Rows(first, rows), alpha, beta);
+  }
 }
 
 void TransposedMultiply(ConstMatrixView a, ConstMatrixView b, MatrixView out, float alpha,

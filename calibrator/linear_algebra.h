@@ -99,7 +99,7 @@ class DeviceMatrix {
   // On the host, with the values of now.
   const Matrix& Fetch() const;
   MatrixView FetchColumns(int64_t begin, int64_t count);
-  MatrixView FetchRows(int64_t begin, int64_t count);
+  ConstMatrixView FetchRows(int64_t begin, int64_t count) const;
   // += other, of the same size.
   void Add(const DeviceMatrix& other);
 
@@ -114,6 +114,10 @@ void MultiplyTransposed(ConstMatrixView a, ConstMatrixView b, MatrixView out, fl
 // out = alpha a b + beta out;  a [m, k], b [k, n], out [m, n].
 void Multiply(ConstMatrixView a, ConstMatrixView b, MatrixView out, float alpha = 1,
               float beta = 0);
+// Multiply for as many equal parts of the rows of `a` and `out` as there are matrices in `b`, each
+// with its own: where a device has them all, in one call.
+void MultiplyParts(ConstMatrixView a, const std::vector<ConstMatrixView>& b, MatrixView out,
+                   float alpha = 1, float beta = 0);
 // out = alpha a^T b + beta out;  a [k, m], b [k, n], out [m, n].
 void TransposedMultiply(ConstMatrixView a, ConstMatrixView b, MatrixView out, float alpha = 1,
                         float beta = 0);

@@ -37,7 +37,7 @@ void Refit(const FittingProblem& problem, const SharedByRows& shared, double rid
   const LevelGradients gradients = Gradients(problem, weight, begin, count);
   for (int level = 1; level <= kNumLevels; ++level) {
     RefitLevel(problem.stream(level).hessian, shared.group_sums[problem.stream_of_level[level - 1]],
-               level, begin, gradients[level - 1].Fetch(), ridge, weight);
+               level, begin, gradients.Fetch(level), ridge, weight);
   }
 }
 
@@ -87,8 +87,7 @@ std::array<double, kNumLevels> LevelLosses(const FittingProblem& problem,
     const int64_t begin = block * kRowBlock, count = std::min(kRowBlock, problem.rows() - begin);
     const LevelGradients gradients = Gradients(problem, weight, begin, count);
     for (int level = 1; level <= kNumLevels; ++level) {
-      parts[block][level - 1] =
-          LevelLoss(problem, weight, level, begin, gradients[level - 1].Fetch());
+      parts[block][level - 1] = LevelLoss(problem, weight, level, begin, gradients.Fetch(level));
     }
   });
   std::array<double, kNumLevels> losses{};

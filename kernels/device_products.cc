@@ -21,6 +21,10 @@ std::unique_ptr<DeviceProducts> DeviceProducts::Create(int64_t, std::string& err
 bool DeviceProducts::Multiply(const Operand&, const Operand&, float, float, float*, int64_t) {
   std::abort();
 }
+bool DeviceProducts::MultiplyParts(const Operand&, const std::vector<Operand>&, float, float,
+                                   float*, int64_t) {
+  std::abort();
+}
 bool DeviceProducts::PiecewiseProducts(const Operand&, const Operand&, int64_t, float*) {
   std::abort();
 }

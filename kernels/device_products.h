@@ -2,8 +2,8 @@
 // multiplies in fp32 or cuSOLVER factorizes in double, the result comes back. What many products
 // read can be kept there, what they write can live there. Products from several threads run side by
 // side, each on a stream of its own; factorizations one after the other. All is done when a call
-// returns, in an order of its own: the same calls give the same bits. Beside the backend: for
-// offline work whose matrices stay on the host (calibrator/linear_algebra.h).
+// returns, in a fixed order: the same calls, with the same room, give the same bits. Beside the
+// backend: for offline work whose matrices stay on the host (calibrator/linear_algebra.h).
 #ifndef MOBI_KERNELS_DEVICE_PRODUCTS_H_
 #define MOBI_KERNELS_DEVICE_PRODUCTS_H_
 
@@ -39,6 +39,11 @@ class DeviceProducts {
   // held. A device error aborts: nothing can go on without it.
   bool Multiply(const Operand& a, const Operand& b, float alpha, float beta, float* out,
                 int64_t out_stride);
+
+  // The same for as many equal parts of the rows of `a` and `out` as there are matrices in `b`,
+  // each with its own. False, with nothing done, unless out is held and all of `b` kept or held.
+  bool MultiplyParts(const Operand& a, const std::vector<Operand>& b, float alpha, float beta,
+                     float* out, int64_t out_stride);
 
   // out [m, p, 2, p] of a [m, k], b [k, k] and their p pieces of `width` columns and rows: out[i,
   // g, 0, h] = the sum of the product of row i's piece g with block (g, h) of b, out[i, g, 1, h] =

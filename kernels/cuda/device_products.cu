@@ -122,4 +122,30 @@ bool DeviceProducts::Multiply(const Operand& a, const Operand& b, float alpha, f
   return true;
 }
 
+bool DeviceProducts::MultiplyParts(const Operand& a, const std::vector<Operand>& b, float alpha,
+                                   float beta, float* out, int64_t out_stride) {
+  const auto parts = static_cast<int64_t>(b.size());
+  const int64_t m = a.rows / parts, n = b[0].cols, k = a.cols;
+  const auto at_out = FindHeld({out, a.rows, n, out_stride, false});
+  if (!at_out) return false;
+  std::vector<Placed> at_b;
+  for (const Operand& part : b) {
+    const auto found = Find(part);
+    if (!found) return false;
+    at_b.push_back(*found);
+  }
+  std::unique_ptr<DeviceLane> lane = Take();
+  const Placed at_a = Place(*lane, 0, a);
+  for (int64_t part = 0; part < parts; ++part) {
+    CheckDevice(cublasSgemm(lane->cublas(), CUBLAS_OP_N, CUBLAS_OP_N, static_cast<int>(n),
+                            static_cast<int>(m), static_cast<int>(k), &alpha, at_b[part].data,
+                            static_cast<int>(at_b[part].stride), at_a.data + part * m * at_a.stride,
+                            static_cast<int>(at_a.stride), &beta,
+                            at_out->data + part * m * out_stride, static_cast<int>(out_stride)));
+  }
+  lane->Wait();
+  GiveBack(std::move(lane));
+  return true;
+}
+
 }  // namespace mobi

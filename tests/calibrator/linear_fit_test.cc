@@ -174,11 +174,11 @@ TEST(CodeDescentTest, EveryPassLowersTheLossAndKeepsGradientsCurrent) {
     last = now;
     const LevelGradients fresh = Gradients(problem, weight, 0, kRows);
     for (int k = 0; k < kNumLevels; ++k) {
-      const Matrix &expected = fresh[k].Fetch(), &kept = gradients[k].Fetch();
+      const ConstMatrixView expected = fresh.Fetch(k + 1), kept = gradients.Fetch(k + 1);
       double error = 0, norm = 0;
-      for (int64_t i = 0; i < expected.size(); ++i) {
-        error += std::pow(expected.data()[i] - kept.data()[i], 2);
-        norm += std::pow(expected.data()[i], 2);
+      for (int64_t i = 0; i < expected.rows * expected.cols; ++i) {
+        error += std::pow(expected.data[i] - kept.data[i], 2);
+        norm += std::pow(expected.data[i], 2);
       }
       EXPECT_LT(error, 1e-6 * norm) << "level " << k + 1;
     }
@@ -192,7 +192,7 @@ TEST(LevelFitTest, FullHessianRefitLowersEveryLevel) {
   const LevelGradients gradients = Gradients(problem, weight, 0, kRows);
   for (int level = 1; level <= kNumLevels; ++level) {
     const Matrix& hessian = problem.stream(level).hessian;
-    RefitLevel(hessian, GroupSums(hessian), level, 0, gradients[level - 1].Fetch(), 1e-4, weight);
+    RefitLevel(hessian, GroupSums(hessian), level, 0, gradients.Fetch(level), 1e-4, weight);
   }
   const auto after = LevelLosses(problem, weight, 1);
   for (int k = 0; k < kNumLevels; ++k) EXPECT_LT(after[k], before[k]) << "level " << k + 1;
