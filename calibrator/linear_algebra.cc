@@ -234,6 +234,10 @@ void PiecewiseProducts(ConstMatrixView a, ConstMatrixView b, int64_t width, Matr
 }
 
 void AddGram(ConstMatrixView x, MatrixView out, float alpha) {
+  if (DeviceProducts* device = Device().get();
+      device != nullptr && device->AddGram(OperandOf(x), alpha, out.data, out.stride)) {
+    return;
+  }
   if (OnDevice(x, true, x, false, alpha, 1, out)) return;
   cblas_ssyrk(CblasRowMajor, CblasLower, CblasTrans, Int(x.cols), Int(x.rows), alpha, x.data,
               Int(x.stride), 1.0f, out.data, Int(out.stride));

@@ -25,6 +25,7 @@ bool DeviceProducts::MultiplyParts(const Operand&, const std::vector<Operand>&, 
                                    float*, int64_t) {
   std::abort();
 }
+bool DeviceProducts::AddGram(const Operand&, float, float*, int64_t) { std::abort(); }
 bool DeviceProducts::PiecewiseProducts(const Operand&, const Operand&, int64_t, float*) {
   std::abort();
 }

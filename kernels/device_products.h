@@ -45,6 +45,10 @@ class DeviceProducts {
   bool MultiplyParts(const Operand& a, const std::vector<Operand>& b, float alpha, float beta,
                      float* out, int64_t out_stride);
 
+  // The lower triangle of out [d, d] += alpha x^T x, x [n, d]. False, with nothing done, unless out
+  // is held.
+  bool AddGram(const Operand& x, float alpha, float* out, int64_t out_stride);
+
   // out [m, p, 2, p] of a [m, k], b [k, k] and their p pieces of `width` columns and rows: out[i,
   // g, 0, h] = the sum of the product of row i's piece g with block (g, h) of b, out[i, g, 1, h] =
   // that product times row i's piece h, for h <= g. False, with nothing done, where the host is the

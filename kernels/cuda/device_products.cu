@@ -148,4 +148,20 @@ bool DeviceProducts::MultiplyParts(const Operand& a, const std::vector<Operand>&
   return true;
 }
 
+// Half the work of a product. The lower triangle of rows is the upper one of cuBLAS' columns.
+bool DeviceProducts::AddGram(const Operand& x, float alpha, float* out, int64_t out_stride) {
+  const auto at_out = FindHeld({out, x.cols, x.cols, out_stride, false});
+  if (!at_out) return false;
+  std::unique_ptr<DeviceLane> lane = Take();
+  const Placed at = Place(*lane, 1, x);
+  const float one = 1;
+  CheckDevice(cublasSsyrk(lane->cublas(), CUBLAS_FILL_MODE_UPPER, CUBLAS_OP_N,
+                          static_cast<int>(x.cols), static_cast<int>(x.rows), &alpha, at.data,
+                          static_cast<int>(at.stride), &one, at_out->data,
+                          static_cast<int>(out_stride)));
+  lane->Wait();
+  GiveBack(std::move(lane));
+  return true;
+}
+
 }  // namespace mobi
