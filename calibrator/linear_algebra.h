@@ -6,6 +6,7 @@
 #define MOBI_CALIBRATOR_LINEAR_ALGEBRA_H_
 
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -27,7 +28,7 @@ std::string BetterBlasKernels();
 // "cpu", or "cuda": large products and factors are made there from now on, and at most `most_kept`
 // bytes of matrices kept there. Global to the process as well. UNAVAILABLE says why there is no
 // such device. No DeviceCopy or DeviceMatrix may live meanwhile.
-inline constexpr int64_t kMostKeptOnDevice = int64_t{24} << 30;
+inline constexpr int64_t kMostKeptOnDevice = std::numeric_limits<int64_t>::max();
 absl::Status UseDevice(std::string_view device, int64_t most_kept = kMostKeptOnDevice);
 
 // While it lives, products find this matrix, and any part of it, on the device: for operands of

@@ -13,6 +13,8 @@ namespace {
 constexpr int64_t kVectorCols = int64_t{1} << 20;
 // Values of the largest piece that is not given back to the device when it is freed.
 constexpr int64_t kReusedValues = int64_t{1} << 27;
+// Bytes of all such pieces that nothing uses.
+constexpr int64_t kMostUnused = int64_t{8} << 30;
 
 int64_t Bytes(int64_t count) { return count * static_cast<int64_t>(sizeof(float)); }
 
@@ -48,6 +50,7 @@ void DeviceProducts::Free(float* device, int64_t count) {
     CheckDevice(cudaFree(device));
     return;
   }
+  if (free_bytes_ + Bytes(count) > kMostUnused) FreeUnused();
   free_.emplace(count, device);
   free_bytes_ += Bytes(count);
 }
