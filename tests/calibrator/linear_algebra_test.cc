@@ -149,7 +149,8 @@ std::vector<Matrix> Factors() {
   return out;
 }
 
-// Both are made in double and differ where that is rounded to fp32.
+// Both are made in double, the host's by either of its libraries' kernels: they differ by what the
+// condition of the matrices makes of that.
 TEST_F(DeviceTest, FactorizesAsTheHostDoes) {
   const auto device = Factors(), again = Factors();
   ASSERT_TRUE(UseDevice("cpu").ok());
@@ -163,7 +164,7 @@ TEST_F(DeviceTest, FactorizesAsTheHostDoes) {
       largest = std::max(largest, std::abs(host[i].data()[j]));
     }
     for (int64_t j = 0; j < host[i].size(); ++j) {
-      ASSERT_NEAR(device[i].data()[j], host[i].data()[j], 1e-6 * largest) << i << " at " << j;
+      ASSERT_NEAR(device[i].data()[j], host[i].data()[j], 4e-6 * largest) << i << " at " << j;
       ASSERT_EQ(device[i].data()[j], again[i].data()[j]) << i << " at " << j;
     }
   }
