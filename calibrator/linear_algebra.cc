@@ -194,6 +194,7 @@ void MultiplyParts(ConstMatrixView a, const std::vector<ConstMatrixView>& b, Mat
                    float alpha, float beta) {
   if (DeviceProducts* device = Device().get(); device != nullptr) {
     std::vector<DeviceProducts::Operand> operands;
+    operands.reserve(b.size());
     for (const ConstMatrixView& part : b) operands.push_back(OperandOf(part));
     if (device->MultiplyParts(OperandOf(a), operands, alpha, beta, out.data, out.stride)) return;
   }
