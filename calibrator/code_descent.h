@@ -19,7 +19,6 @@ class LevelGradients {
   LevelGradients(int64_t count, int64_t cols)
       : count_(count), all_(DeviceMatrix::Unfilled(kNumLevels * count, cols)) {}
 
-  int64_t count() const { return count_; }
   // The rows of level 1, then those of level 2, and so on.
   DeviceMatrix& all() { return all_; }
   MatrixView Of(int level) { return MatrixView(all_).Rows((level - 1) * count_, count_); }

@@ -22,18 +22,6 @@ void CentredFractions(const uint8_t* codes, int64_t count, int level, float* out
   }
 }
 
-double Dot(const float* a, const float* b, int64_t count) {
-  float sum = 0;
-  for (int64_t j = 0; j < count; ++j) sum += a[j] * b[j];
-  return sum;
-}
-
-double Sum(const float* a, int64_t count) {
-  float sum = 0;
-  for (int64_t j = 0; j < count; ++j) sum += a[j];
-  return sum;
-}
-
 // Of a row's normal equations the lower triangle. The unknowns: the change of every group's range,
 // then of every group's centre. `products` is the row's of PiecewiseProducts.
 void FillSystem(const float* products, const std::vector<double>& group_sums, int64_t groups,

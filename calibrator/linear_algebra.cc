@@ -45,18 +45,6 @@ std::vector<double> ToDouble(ConstMatrixView m) {
   return out;
 }
 
-float Dot(const float* a, const float* b, int64_t count) {
-  float sum = 0;
-  for (int64_t j = 0; j < count; ++j) sum += a[j] * b[j];
-  return sum;
-}
-
-float Sum(const float* a, int64_t count) {
-  float sum = 0;
-  for (int64_t j = 0; j < count; ++j) sum += a[j];
-  return sum;
-}
-
 DeviceProducts::Operand OperandOf(ConstMatrixView m) {
   return {m.data, m.rows, m.cols, m.stride, false};
 }
@@ -210,6 +198,18 @@ void TransposedMultiply(ConstMatrixView a, ConstMatrixView b, MatrixView out, fl
   if (OnDevice(a, true, b, false, alpha, beta, out)) return;
   cblas_sgemm(CblasRowMajor, CblasTrans, CblasNoTrans, Int(a.cols), Int(b.cols), Int(a.rows), alpha,
               a.data, Int(a.stride), b.data, Int(b.stride), beta, out.data, Int(out.stride));
+}
+
+float Dot(const float* a, const float* b, int64_t count) {
+  float sum = 0;
+  for (int64_t j = 0; j < count; ++j) sum += a[j] * b[j];
+  return sum;
+}
+
+float Sum(const float* a, int64_t count) {
+  float sum = 0;
+  for (int64_t j = 0; j < count; ++j) sum += a[j];
+  return sum;
 }
 
 void PiecewiseProducts(ConstMatrixView a, ConstMatrixView b, int64_t width, Matrix& out) {

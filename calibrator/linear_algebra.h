@@ -122,6 +122,9 @@ void MultiplyParts(ConstMatrixView a, const std::vector<ConstMatrixView>& b, Mat
 // out = alpha a^T b + beta out;  a [k, m], b [k, n], out [m, n].
 void TransposedMultiply(ConstMatrixView a, ConstMatrixView b, MatrixView out, float alpha = 1,
                         float beta = 0);
+// Of a piece of a row, in fp32.
+float Dot(const float* a, const float* b, int64_t count);
+float Sum(const float* a, int64_t count);
 // a [m, k], b [k, k], in pieces of `width` columns and rows; out [m, p, 2, p] for the p = k / width
 // pieces of a row: out[i, g, 0, h] = the sum of (a_i,g b_g,h), the product of row i's piece g with
 // a block of b, out[i, g, 1, h] = that product times row i's piece h, for h <= g.
