@@ -75,7 +75,7 @@ bool TryLaunch(const SlicedMatmulLaunch& launch, const SlicedProblem& problem, b
 cudaError_t FindClusterLimits(int compute_capability, int num_sms, int (&clusters)[4]) {
   std::fill(clusters, clusters + 4, 0);
   if (compute_capability != 90) return cudaSuccess;
-  auto* kernel = SlicedDecode90Kernel<64, 3, false>;  // one block to a multiprocessor
+  auto* kernel = SlicedDecode90Kernel<16, 5, false>;  // one block to a multiprocessor
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   clusters[0] = num_sms;
@@ -86,7 +86,7 @@ cudaError_t FindClusterLimits(int compute_capability, int num_sms, int (&cluster
     plan.shared_bytes = kSharedBytes;
     cudaLaunchAttribute attributes[2] = {};
     const cudaLaunchConfig_t config =
-        Configure(launch, plan, num_sms >> log, 1, 128 * 3, attributes);
+        Configure(launch, plan, num_sms >> log, 1, 128 * 5, attributes);
     error = cudaOccupancyMaxActiveClusters(&clusters[log], kernel, &config);
   }
   return error;
@@ -96,11 +96,12 @@ bool LaunchSlicedDecode90(const SlicedMatmulLaunch& launch, const SlicedProblem&
                           DType x_type, cudaError_t* error) {
   const bool bf16 = x_type == DType::kBF16;
   if (problem.groups < kParts || launch.clusters[kPartsLog] == 0) return false;
-  // Five warpgroups have the registers for up to 32 tokens, and few tokens need but four.
-  return TryLaunch<64, 3>(launch, problem, bf16, error) ||
-         TryLaunch<32, 5>(launch, problem, bf16, error) ||
-         TryLaunch<32, 3>(launch, problem, bf16, error) ||
-         TryLaunch<16, 5>(launch, problem, bf16, error) ||
+  if (problem.num_tokens > 16) {
+    *error = LaunchSlicedBatch90(launch, problem, x_type);
+    return true;
+  }
+  // Few tokens need but four warpgroups.
+  return TryLaunch<16, 5>(launch, problem, bf16, error) ||
          TryLaunch<8, 5>(launch, problem, bf16, error) ||
          TryLaunch<4, 4>(launch, problem, bf16, error);
 }

@@ -1,5 +1,4 @@
-// The decode path's kernel on compute capability 9.0: 1 to about 128 tokens, weights read once per
-// 64 of them.
+// The decode path's kernel on compute capability 9.0 for up to 16 tokens.
 //
 // Work. A cluster of blocks takes a run of units of 64 rows; each block has one part of the columns
 // or a few, whose x stays in shared memory. A block's warpgroups take units and parts by turns.
@@ -133,7 +132,7 @@ struct DecodeWarp90 : Decode90Ring<N, W, kBf16, kAhead> {
 
   // 256 high + low, in steps: a whole number that is rounded once, either way.
   static __device__ __forceinline__ float Product(uint32_t high, uint32_t low, float step) {
-    if constexpr (!kByMma) return static_cast<float>(static_cast<int>(high * 256 + low)) * step;
+    if constexpr (!kByMma) return WholeProduct(high, low, step);
     const float of_high = fmaf(__uint_as_float(high), 256 * step, -257 * kWhole * step);
     return fmaf(__uint_as_float(low), step, of_high);
   }
@@ -279,19 +278,16 @@ struct DecodeWarp90 : Decode90Ring<N, W, kBf16, kAhead> {
     }
   }
 
-  // Of few tokens, whose sums registers hold at once, all are promoted at the end.
-  static constexpr bool kPromoteLast = N <= 16;
-
   __device__ __forceinline__ void MultiplyMixed(const uint8_t* from, int g, uint32_t occur,
                                                 uint32_t own_levels, float (&y)[NT][2]) const {
     Codes a;
     Sums of_own;
     Unpack<kNumLevels>(from, 0, 1, a);
-    if (occur & 8) MultiplyLevel<4>(from, g, a, own_levels, of_own, y);
-    if (occur & 4) MultiplyLevel<3>(from, g, a, own_levels, of_own, y);
-    if (occur & 2) MultiplyLevel<2>(from, g, a, own_levels, of_own, y);
-    if (occur & 1) MultiplyLevel<1>(from, g, a, own_levels, of_own, y);
-    if constexpr (kPromoteLast) PromoteOwn(from, g, own_levels, of_own, y);
+    if (occur & 8) MultiplyLevel<4>(g, a, own_levels, of_own);
+    if (occur & 4) MultiplyLevel<3>(g, a, own_levels, of_own);
+    if (occur & 2) MultiplyLevel<2>(g, a, own_levels, of_own);
+    if (occur & 1) MultiplyLevel<1>(g, a, own_levels, of_own);
+    PromoteOwn(from, g, own_levels, of_own, y);
   }
 
   __device__ __forceinline__ void PromoteOwn(const uint8_t* from, int g, uint32_t own_levels,
@@ -307,27 +303,18 @@ struct DecodeWarp90 : Decode90Ring<N, W, kBf16, kAhead> {
   }
 
   template <int level>
-  __device__ __forceinline__ void MultiplyLevel(const uint8_t* from, int g, Codes& a,
-                                                uint32_t own_levels, Sums& of_own,
-                                                float (&y)[NT][2]) const {
+  __device__ __forceinline__ void MultiplyLevel(int g, Codes& a, uint32_t own_levels,
+                                                Sums& of_own) const {
     Sums d;
 #pragma unroll
     for (uint32_t& fragment : a) fragment &= BytesOfLevel(level);
     Multiply(g, a, d);
     AwaitProducts();
-    const float2 pairs[2] = {Widen(LoadPair(from, level - 1, 0), HalfStep(level)),
-                             Widen(LoadPair(from, level - 1, 1), HalfStep(level))};
 #pragma unroll
     for (int j = 0; j < NT; ++j) {
       const bool take = (own_levels >> (2 * j) & 3) == level - 1;
-      if constexpr (kPromoteLast) {
 #pragma unroll
-        for (int e = 4 * j; e < 4 * j + 4; ++e) of_own[e] = take ? d[e] : of_own[e];
-      } else {
-        float to[2] = {y[j][0], y[j][1]};
-        Promote(d + 4 * j, LoadTerms(g, j), pairs, to);
-        for (int h = 0; h < 2; ++h) y[j][h] = take ? to[h] : y[j][h];
-      }
+      for (int e = 4 * j; e < 4 * j + 4; ++e) of_own[e] = take ? d[e] : of_own[e];
     }
   }
 

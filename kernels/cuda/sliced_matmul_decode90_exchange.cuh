@@ -26,7 +26,6 @@ template <int N, int W, bool kAhead>
 struct Decode90Exchange : Decode90Place {
   static constexpr int NT = N / 4;  // tiles of tokens
   static constexpr int kWarps = 4 * W;
-  static constexpr int kAddRows = N < 32 ? 1 : N / 16;  // that a thread adds at once
 
   // Where this lane's sums of even rounds go.
   uint32_t remote[2], remote_barrier[2];
@@ -48,9 +47,8 @@ struct Decode90Exchange : Decode90Place {
     for (int h = 0; h < 2; ++h) {
       const int chunk = 2 * own + h, owner = chunk >> plan.parts_log;
       const int of_owner = chunk & ((1 << plan.parts_log) - 1);
-      remote[h] =
-          ptx::MapToRank(to + of_owner * ChunkBytes(), owner) +
-          (NT == 1 ? (lane / 4 << plan.tokens_log) * 4 + lane % 4 * 4 : lane * 4 * min(NT, 4));
+      remote[h] = ptx::MapToRank(to + of_owner * ChunkBytes(), owner) +
+                  (NT == 1 ? (lane / 4 << plan.tokens_log) * 4 + lane % 4 * 4 : lane * 4 * NT);
       remote_barrier[h] = ptx::MapToRank(SumsBarrier(0, slot), owner);
     }
   }
@@ -89,11 +87,8 @@ struct Decode90Exchange : Decode90Place {
       } else if constexpr (NT == 2) {
         ptx::StoreClusterAsync(to, make_float2(y[0][h], y[1][h]), barrier);
       } else {
-#pragma unroll
-        for (int j = 0; j < NT; j += 4) {
-          ptx::StoreClusterAsync(
-              to + j * 128, make_float4(y[j][h], y[j + 1][h], y[j + 2][h], y[j + 3][h]), barrier);
-        }
+        static_assert(NT == 4);
+        ptx::StoreClusterAsync(to, make_float4(y[0][h], y[1][h], y[2][h], y[3][h]), barrier);
       }
     }
 #pragma unroll
@@ -124,27 +119,26 @@ struct Decode90Exchange : Decode90Place {
     if (SlotThread() == 0) Expect(round + 2);
   }
 
-  // Adds the parts of this block's rows of the rounds' units and stores them: a thread has kAddRows
-  // rows of a token.
+  // Adds the parts of this block's rows of the rounds' units and stores them.
   __device__ __forceinline__ void AddRounds(int first, int count) const {
     const int tokens_log = NT == 1 ? plan.tokens_log : kLog<N>;
-    const int rows_log = kLog<kChunkRows / kAddRows> + plan.parts_log;
+    const int rows_log = kLog<kChunkRows> + plan.parts_log;
     const int round_log = tokens_log + rows_log;
 #pragma unroll 1
     for (int e = SlotThread(); e < count << round_log; e += SlotThreads()) {
       const int token = e & ((1 << tokens_log) - 1);
-      const int row = (e >> tokens_log & ((1 << rows_log) - 1)) * kAddRows;
-      AddRows(first + (e >> round_log), row, token);
+      const int row = e >> tokens_log & ((1 << rows_log) - 1);
+      AddRow(first + (e >> round_log), row, token);
     }
   }
 
   // Row 0 is the first of this block's.
-  __device__ __forceinline__ void AddRows(int round, int of_block, int token) const {
+  __device__ __forceinline__ void AddRow(int round, int of_block, int token) const {
     const int row = UnitOf(round) * kUnitRows + (rank * kChunkRows << plan.parts_log) + of_block;
     const bool valid = token < num_tokens && row < p.rows;
-    float residual[kAddRows];
+    float residual;
     if (p.residual != nullptr && valid) {  // before the wait, to save a round trip
-      LoadResidual<kAddRows>(p, first_token + token, row, residual);
+      residual = LoadResidual(p, first_token + token, row);
     }
     ptx::BarrierWait(SumsBarrier(BufferOf(round), slot), OneEach() ? 0 : round >> 1 & 1);
     if (!valid) return;
@@ -152,27 +146,20 @@ struct Decode90Exchange : Decode90Place {
         shared + plan.buffers +
         (slot * plan.round_buffers + BufferOf(round)) * kParts * PartBytes() +
         of_block / kChunkRows * ChunkBytes() + PlaceInChunk(of_block % kChunkRows, token) * 4;
-    float sum[kAddRows];
+    float parts[kParts];
 #pragma unroll
-    for (int r = 0; r < kAddRows; ++r) {
-      float value[kParts];
-#pragma unroll
-      for (int k = 0; k < kParts; ++k) {
-        value[k] = *reinterpret_cast<const float*>(from + k * PartBytes() + r * 64);
-      }
-      sum[r] = SumOfParts(value);
+    for (int k = 0; k < kParts; ++k) {
+      parts[k] = *reinterpret_cast<const float*>(from + k * PartBytes());
     }
-    StoreRows<kAddRows>(p, first_token + token, row, sum);
-    if (p.residual != nullptr) {
-      AddToResidual<kAddRows>(p, first_token + token, row, residual, sum);
-    }
+    const float sum = SumOfParts(parts);
+    StoreOut(p, first_token + token, row, sum);
+    if (p.residual != nullptr) AddToResidual(p, first_token + token, row, residual, sum);
   }
 
   // In floats, as Finish sends them.
   __device__ __forceinline__ int PlaceInChunk(int row, int token) const {
     if constexpr (NT == 1) return (row << plan.tokens_log) + token;
-    constexpr int kAtOnce = NT < 4 ? NT : 4;  // tiles whose sums a lane sends together
-    return token / (4 * kAtOnce) * 128 + (row * 4 + token % 4) * kAtOnce + token / 4 % kAtOnce;
+    return (row * 4 + token % 4) * NT + token / 4;
   }
 };
 

@@ -89,32 +89,23 @@ struct Decode90Ring : Decode90X<N, W, kBf16, kAhead> {
   // Which levels occur among the block's tokens, per segment; for mixed levels, also a copy of
   // them in shared memory (0 where there is no token).
   __device__ __forceinline__ void ReadLevels() {
-    constexpr int kPerLane = (N + 31) / 32;
-    int levels[kMaxSegments][kPerLane] = {};
+    static_assert(N <= 32);
+    int levels[kMaxSegments] = {};
 #pragma unroll
     for (int s = 0; s < kMaxSegments; ++s) {
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        const int token = lane + 32 * i;
-        if (s < p.num_segments && token < num_tokens) {
-          levels[s][i] =
-              __ldcg(p.levels + (s * static_cast<int>(p.levels_stride) + first_token + token));
-        }
+      if (s < p.num_segments && lane < num_tokens) {
+        levels[s] = __ldcg(p.levels + (s * static_cast<int>(p.levels_stride) + first_token + lane));
       }
     }
 #pragma unroll
     for (int s = 0; s < kMaxSegments; ++s) {
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        const int token = lane + 32 * i;
-        if (s >= p.num_segments || token >= N) continue;
-        int level = 0;
-        if (token < num_tokens) {
-          level = min(max(levels[s][i], 1), kNumLevels);
-          present |= 1u << (4 * s + level - 1);
-        }
-        if (warp == 0) shared[plan.levels + s * N + token] = static_cast<uint8_t>(level);
+      if (s >= p.num_segments || lane >= N) continue;
+      int level = 0;
+      if (lane < num_tokens) {
+        level = min(max(levels[s], 1), kNumLevels);
+        present |= 1u << (4 * s + level - 1);
       }
+      if (warp == 0) shared[plan.levels + s * N + lane] = static_cast<uint8_t>(level);
     }
     present = __reduce_or_sync(~0u, present);
   }
@@ -134,7 +125,6 @@ struct Decode90Ring : Decode90X<N, W, kBf16, kAhead> {
     return guess;
   }
   __device__ __forceinline__ void TakeGuess(const Guess& guess) {
-    static_assert(N <= 32);
     uint32_t levels = 0;
 #pragma unroll
     for (int s = 0; s < kMaxSegments; ++s) {

@@ -12,80 +12,58 @@
 
 namespace mobi::cuda {
 
+// A sum in out's type.
+template <typename T>
+__device__ __forceinline__ T Rounded(float value);
+template <>
+__device__ __forceinline__ half Rounded<half>(float value) {
+  return __float2half_rn(value);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 Rounded<__nv_bfloat16>(float value) {
+  return __float2bfloat16_rn(value);
+}
+template <>
+__device__ __forceinline__ float Rounded<float>(float value) {
+  return value;
+}
+
 __device__ __forceinline__ void StoreOut(const SlicedProblem& p, int token, int row, float value) {
   const int64_t at = token * p.out_stride + row;
   if (p.out_type == DType::kF16) {
-    static_cast<half*>(p.out)[at] = __float2half_rn(value);
+    static_cast<half*>(p.out)[at] = Rounded<half>(value);
   } else if (p.out_type == DType::kBF16) {
-    static_cast<__nv_bfloat16*>(p.out)[at] = __float2bfloat16_rn(value);
+    static_cast<__nv_bfloat16*>(p.out)[at] = Rounded<__nv_bfloat16>(value);
   } else {
     static_cast<float*>(p.out)[at] = value;
   }
 }
 
-// The parts' sums of one output, neighbours first: the one order of all launches.
+// The parts' sums of one output, one after another: the one order of all launches.
 __device__ __forceinline__ float SumOfParts(const float (&v)[kParts]) {
-  static_assert(kParts == 8);
-  return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+  float sum = v[0];
+#pragma unroll
+  for (int k = 1; k < kParts; ++k) sum += v[k];
+  return sum;
 }
 
-// Rows row .. row + count - 1 of one token; row is a multiple of count.
-template <int count>
-__device__ __forceinline__ void StoreRows(const SlicedProblem& p, int token, int row,
-                                          const float (&values)[count]) {
-  const bool narrow = p.out_type != DType::kF32;
-  const int64_t at = token * p.out_stride + row;
-  uint16_t* const to = static_cast<uint16_t*>(p.out) + at;
-  if (count == 1 || !narrow || reinterpret_cast<uintptr_t>(to) % (2 * count) != 0) {
-#pragma unroll
-    for (int r = 0; r < count; ++r) StoreOut(p, token, row + r, values[r]);
-    return;
-  }
-  if constexpr (count > 1) {
-    uint32_t words[count / 2];
-#pragma unroll
-    for (int r = 0; r < count; r += 2) {
-      if (p.out_type == DType::kF16) {
-        const half2 pair = __floats2half2_rn(values[r], values[r + 1]);
-        words[r / 2] = *reinterpret_cast<const uint32_t*>(&pair);
-      } else {
-        const __nv_bfloat162 pair = __floats2bfloat162_rn(values[r], values[r + 1]);
-        words[r / 2] = *reinterpret_cast<const uint32_t*>(&pair);
-      }
-    }
-    if constexpr (count == 2) *reinterpret_cast<uint32_t*>(to) = words[0];
-    if constexpr (count == 4) *reinterpret_cast<uint2*>(to) = make_uint2(words[0], words[1]);
-  }
-}
-
-template <int count>
-__device__ __forceinline__ void LoadResidual(const SlicedProblem& p, int token, int row,
-                                             float (&residual)[count]) {
+__device__ __forceinline__ float LoadResidual(const SlicedProblem& p, int token, int row) {
   const int64_t at = token * p.residual_stride + row;
-#pragma unroll
-  for (int r = 0; r < count; ++r) {
-    residual[r] =
-        p.out_type == DType::kF16
-            ? __half2float(__ldcg(static_cast<const half*>(p.residual) + at + r))
-            : __bfloat162float(__ldcg(static_cast<const __nv_bfloat16*>(p.residual) + at + r));
-  }
+  return p.out_type == DType::kF16
+             ? __half2float(__ldcg(static_cast<const half*>(p.residual) + at))
+             : __bfloat162float(__ldcg(static_cast<const __nv_bfloat16*>(p.residual) + at));
 }
 
-// residual += values, which are rounded first as StoreRows rounds them.
-template <int count>
+// residual += value, which is rounded first as StoreOut rounds it.
 __device__ __forceinline__ void AddToResidual(const SlicedProblem& p, int token, int row,
-                                              const float (&residual)[count],
-                                              const float (&values)[count]) {
+                                              float residual, float value) {
   const int64_t at = token * p.residual_stride + row;
-#pragma unroll
-  for (int r = 0; r < count; ++r) {
-    if (p.out_type == DType::kF16) {
-      static_cast<half*>(p.residual)[at + r] =
-          __float2half_rn(residual[r] + __half2float(__float2half_rn(values[r])));
-    } else {
-      static_cast<__nv_bfloat16*>(p.residual)[at + r] =
-          __float2bfloat16_rn(residual[r] + __bfloat162float(__float2bfloat16_rn(values[r])));
-    }
+  if (p.out_type == DType::kF16) {
+    static_cast<half*>(p.residual)[at] =
+        __float2half_rn(residual + __half2float(__float2half_rn(value)));
+  } else {
+    static_cast<__nv_bfloat16*>(p.residual)[at] =
+        __float2bfloat16_rn(residual + __bfloat162float(__float2bfloat16_rn(value)));
   }
 }
 

@@ -47,6 +47,9 @@ cudaError_t LaunchSlicedDecode(const SlicedMatmulLaunch& launch, const SlicedPro
 // The decode path on compute capability 9.0; false: x does not fit, nothing was enqueued.
 bool LaunchSlicedDecode90(const SlicedMatmulLaunch& launch, const SlicedProblem& problem,
                           DType x_type, cudaError_t* error);
+// The same of more tokens than that takes at once.
+cudaError_t LaunchSlicedBatch90(const SlicedMatmulLaunch& launch, const SlicedProblem& problem,
+                                DType x_type);
 cudaError_t LaunchSlicedPrefill(const SlicedMatmulLaunch& launch, const SlicedProblem& problem,
                                 DType x_type);
 
