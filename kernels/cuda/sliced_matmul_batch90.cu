@@ -1,22 +1,22 @@
-// Launch of the batch path on compute capability 9.0: how rows and columns are cut, where images,
-// sums and arrivals are in the workspace.
+// Launch of the decode path for many tokens on compute capability 9.0: how rows and columns are
+// cut, where images, sums and arrivals are in the workspace. More tokens than it holds images of
+// take several rounds.
 #include <algorithm>
 #include <cstdint>
 
 #include "kernels/cuda/sliced_matmul_batch90.cuh"
+#include "kernels/cuda/sliced_matmul_launch.h"
 #include "kernels/cuda/sliced_matmul_problem.h"
 
 namespace mobi::cuda {
 namespace {
 
-int CeilDiv(int a, int b) { return (a + b - 1) / b; }
-
 // Cuts the segments' rows into tiles of plan.tile_units units; returns how many.
 int CutRows(const SlicedProblem& problem, Batch90Plan& plan) {
   int begin = 0, tiles = 0;
   for (int s = 0; s < kMaxSegments; ++s) {
-    const int units = CeilDiv(problem.segment_tiles[s] - begin, kUnitTiles);
-    tiles += CeilDiv(units, plan.tile_units);
+    const int units = DivideUp(problem.segment_tiles[s] - begin, kUnitTiles);
+    tiles += DivideUp(units, plan.tile_units);
     plan.segment_tiles[s] = tiles;
     begin = problem.segment_tiles[s];
   }
@@ -28,8 +28,8 @@ int CostOf(int groups, int blocks, int num_sms, const Batch90Plan& plan) {
   constexpr int kGroupCycles[kBatchWarpgroups] = {1700, 2000, 2400, 2800};
   constexpr int kStart = 4000, kSums = 6000;  // those of several blocks
   const int cycles =
-      kStart + CeilDiv(groups, 1 << plan.splits_log) * kGroupCycles[plan.tile_units - 1];
-  return CeilDiv(blocks, num_sms) * cycles + (plan.splits_log > 0 ? kSums : 0);
+      kStart + DivideUp(groups, 1 << plan.splits_log) * kGroupCycles[plan.tile_units - 1];
+  return DivideUp(blocks, num_sms) * cycles + (plan.splits_log > 0 ? kSums : 0);
 }
 
 // A stretch of the workspace for each of its users, one after another.
@@ -52,7 +52,7 @@ template <int N>
 bool TakeWorkspace(const SlicedMatmulLaunch& launch, const SlicedProblem& problem, int tiles,
                    Batch90Plan& plan) {
   Workspace space{static_cast<uint8_t*>(launch.workspace), launch.workspace_bytes};
-  const int64_t token_blocks = CeilDiv(problem.num_tokens, N);
+  const int64_t token_blocks = DivideUp(problem.num_tokens, N);
   const int64_t groups = token_blocks * problem.num_segments * problem.groups;
   if (!space.Take(groups * kImageGroupBytes<N>, &plan.images) ||
       !space.Take(groups * N, &plan.terms)) {
@@ -69,7 +69,7 @@ bool TakeWorkspace(const SlicedMatmulLaunch& launch, const SlicedProblem& proble
 // The cut that takes the least time. Blocks that wait for one another must all be resident.
 template <int N>
 bool MakePlan(const SlicedMatmulLaunch& launch, const SlicedProblem& problem, Batch90Plan* best) {
-  const int token_blocks = CeilDiv(problem.num_tokens, N);
+  const int token_blocks = DivideUp(problem.num_tokens, N);
   int least = 0;
   for (int splits_log = 0; splits_log <= kPartsLog; ++splits_log) {
     for (int units = 1; units <= kBatchWarpgroups; ++units) {
@@ -88,43 +88,42 @@ bool MakePlan(const SlicedMatmulLaunch& launch, const SlicedProblem& problem, Ba
   return least > 0;
 }
 
-template <typename Kernel>
-cudaError_t Launch(const SlicedMatmulLaunch& launch, Kernel* kernel, dim3 blocks, int threads,
-                   int shared_bytes, const SlicedProblem& problem, const Batch90Plan& plan) {
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  if (error != cudaSuccess) return error;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = blocks;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = launch.stream;
-  config.attrs = &attribute;
-  config.numAttrs = launch.pdl ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, problem, plan);
-}
-
 template <int N>
-cudaError_t LaunchTokens(const SlicedMatmulLaunch& launch, const SlicedProblem& problem,
-                         DType x_type) {
+cudaError_t LaunchRound(const SlicedMatmulLaunch& launch, const SlicedProblem& problem,
+                        DType x_type) {
   Batch90Plan plan;
   if (!MakePlan<N>(launch, problem, &plan)) return cudaErrorInvalidValue;
   const bool splits = plan.splits_log > 0;
   plan.x_stages = Batch90Shared<N>::kMostStages;
   while (Batch90Shared<N>::Bytes(plan.x_stages, splits) > kSharedBytes) --plan.x_stages;
-  const unsigned token_blocks = CeilDiv(problem.num_tokens, N);
+  const unsigned token_blocks = DivideUp(problem.num_tokens, N);
   const dim3 pack(problem.groups, problem.num_segments, token_blocks);
-  const cudaError_t error =
-      x_type == DType::kBF16
-          ? Launch(launch, BatchPackKernel<N, true>, pack, kBatchPackThreads, 0, problem, plan)
-          : Launch(launch, BatchPackKernel<N, false>, pack, kBatchPackThreads, 0, problem, plan);
+  const cudaError_t error = x_type == DType::kBF16
+                                ? LaunchSliced(launch, BatchPackKernel<N, true>, pack,
+                                               kBatchPackThreads, 0, problem, plan)
+                                : LaunchSliced(launch, BatchPackKernel<N, false>, pack,
+                                               kBatchPackThreads, 0, problem, plan);
   if (error != cudaSuccess) return error;
   const int tiles = plan.segment_tiles[kMaxSegments - 1];
-  return Launch(launch, BatchKernel90<N>, dim3(tiles << plan.splits_log, token_blocks),
-                kBatchThreads, Batch90Shared<N>::Bytes(plan.x_stages, splits), problem, plan);
+  return LaunchSliced(launch, BatchKernel90<N>, dim3(tiles << plan.splits_log, token_blocks),
+                      kBatchThreads, Batch90Shared<N>::Bytes(plan.x_stages, splits), problem, plan);
+}
+
+// As many tokens at a time as half of the workspace holds images of.
+template <int N>
+cudaError_t LaunchTokens(const SlicedMatmulLaunch& launch, const SlicedProblem& problem,
+                         DType x_type) {
+  const size_t block_bytes =
+      size_t{N} * (2 * kGroupSize + sizeof(WholeTerms)) * problem.num_segments * problem.groups;
+  const size_t blocks = std::max<size_t>(launch.workspace_bytes / 2 / block_bytes, 1);
+  const int round = static_cast<int>(std::min<size_t>(blocks * N, problem.num_tokens));
+  for (int first = 0; first < problem.num_tokens; first += round) {
+    const SlicedProblem some =
+        TokensOf(problem, first, std::min(round, problem.num_tokens - first));
+    const cudaError_t error = LaunchRound<N>(launch, some, x_type);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace

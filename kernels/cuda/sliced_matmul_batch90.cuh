@@ -170,7 +170,7 @@ struct BatchWarp90 {
   // No stage goes beyond a part.
 
   int stage = 0;      // an offset in the warp's ring
-  uint32_t next_at;   // this lane's 16 bytes of the tile that is asked for next, in slices
+  uint32_t next_at;   // the group of a tile that is asked for next
   int next_part = 0;  // and its part
   int next_left = 0;  // groups of that part, from there on
 
@@ -185,7 +185,7 @@ struct BatchWarp90 {
       const int count = min(kGroups, next_left);
       ptx::KeepBefore(next_at);  // so that no address of each slice stays in registers
       Ask<level>(count);
-      next_at += count * 32;
+      next_at += count;
       next_left -= count;
       if (next_left == 0 && ++next_part < FirstPart() + Parts()) {
         next_left = FirstGroup(next_part + 1) - FirstGroup(next_part);
@@ -201,7 +201,7 @@ struct BatchWarp90 {
     if constexpr (level > 0) {
 #pragma unroll
       for (int s = 0; s < level; ++s) {
-        const uint4* const from = p.slices[s] + next_at;
+        const uint4* const from = p.slices[s] + size_t{next_at} * 32 + lane;
 #pragma unroll
         for (int i = 0; i < kGroups; ++i) {
           if (i < count) {
@@ -216,7 +216,7 @@ struct BatchWarp90 {
 #pragma unroll
     for (int s = 0; s < kNumSlices; ++s) {
       if (s >= highest) break;
-      ptx::CopyAsync16(to + s * kTileBytes, p.slices[s] + next_at);
+      ptx::CopyAsync16(to + s * kTileBytes, p.slices[s] + size_t{next_at} * 32 + lane);
       AskRanges(s + 1, to + kWarpStageScales + s * kTileScaleBytes, 1);
     }
   }
@@ -224,14 +224,14 @@ struct BatchWarp90 {
   // A lane has four of a group's 16 rows.
   __device__ __forceinline__ void AskRanges(int level, uint32_t to, int count) const {
     if (lane >= 4 * count) return;
-    ptx::CopyAsync16(to, p.scales[level - 1] + (next_at - lane) / 8 + lane);
+    ptx::CopyAsync16(to, p.scales[level - 1] + size_t{next_at} * 4 + lane);
   }
 
   template <int level>
   __device__ __forceinline__ void Start() {
     next_part = FirstPart();
     next_left = FirstGroup(next_part + 1) - FirstGroup(next_part);
-    next_at = static_cast<uint32_t>(min(row_tile, last_tile) * p.groups + group) * 32 + lane;
+    next_at = static_cast<uint32_t>(min(row_tile, last_tile) * p.groups + group);
 #pragma unroll 1
     for (int i = 0; i < kStages; ++i) {
       Fill<level>();
@@ -472,13 +472,14 @@ struct BatchWarp90 {
   // Of several blocks: waits for all parts of the unit, and adds this block's share of the outputs.
   __device__ __forceinline__ void AddParts() const {
     const int barrier = 1 + warpgroup;
-    __threadfence();
     ptx::NamedBarrier(barrier, 128);
-    if (Thread() == 0) {
+    if (Thread() == 0) {  // whose fence covers what the others have stored before the barrier
+      __threadfence();
       ::cuda::atomic_ref<uint32_t, ::cuda::thread_scope_device> arrived(plan.arrivals[unit]);
-      arrived.fetch_add(1, ::cuda::memory_order_acq_rel);
-      while (arrived.load(::cuda::memory_order_acquire) < 1u << plan.splits_log) {
+      arrived.fetch_add(1, ::cuda::memory_order_relaxed);
+      while (arrived.load(::cuda::memory_order_relaxed) < 1u << plan.splits_log) {
       }
+      __threadfence();
     }
     ptx::NamedBarrier(barrier, 128);
     const int count = kVectors * 128 >> plan.splits_log;

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/sliced_matmul_decode.cuh"
+#include "kernels/cuda/sliced_matmul_launch.h"
 #include "kernels/cuda/sliced_matmul_problem.h"
 
 namespace mobi::cuda {
@@ -18,8 +19,6 @@ SharedLimits LimitsOf(int compute_capability) {
   if (compute_capability == 80) return {163 * 1024, 81 * 1024};
   return {99 * 1024, 49 * 1024};
 }
-
-int CeilDiv(int a, int b) { return (a + b - 1) / b; }
 
 // Lays out shared memory for the sizes in the plan.
 template <int NT>
@@ -44,14 +43,14 @@ void LayOut(int rounds, DecodePlan& plan) {
 // The widest rounds for which all of x fits; else x in chunks, if one round does.
 template <int NT>
 bool FitShared(const SlicedProblem& problem, int limit, bool may_cut_x, DecodePlan& plan) {
-  const int groups = CeilDiv(problem.groups, kParts);
+  const int groups = DivideUp(problem.groups, kParts);
   const int tiles = plan.run_tiles + (plan.long_runs > 0 ? 1 : 0);
-  const int panels = CeilDiv(CeilDiv(tiles, kPanelTiles), 1 << plan.cluster_log);
+  const int panels = DivideUp(DivideUp(tiles, kPanelTiles), 1 << plan.cluster_log);
   for (plan.chunks = 1; plan.chunks <= (may_cut_x ? groups : 1); ++plan.chunks) {
-    plan.chunk_groups = CeilDiv(groups, plan.chunks);
-    if (CeilDiv(groups, plan.chunk_groups) != plan.chunks) continue;
+    plan.chunk_groups = DivideUp(groups, plan.chunks);
+    if (DivideUp(groups, plan.chunk_groups) != plan.chunks) continue;
     for (int rounds = 1; rounds <= (plan.chunks == 1 ? panels : 1); ++rounds) {
-      plan.round_panels = CeilDiv(panels, rounds);
+      plan.round_panels = DivideUp(panels, rounds);
       LayOut<NT>(rounds, plan);
       if (plan.shared_bytes <= limit) return true;
     }
@@ -96,7 +95,7 @@ cudaError_t LaunchKernel(const SlicedMatmulLaunch& launch, const SlicedProblem& 
                            : (problem.rows / kTileRows - plan.long_runs) / plan.run_tiles;
   cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(clusters << plan.cluster_log, CeilDiv(problem.num_tokens, 8 * NT));
+  config.gridDim = dim3(clusters << plan.cluster_log, DivideUp(problem.num_tokens, 8 * NT));
   config.blockDim = dim3(kDecodeThreads);
   config.dynamicSmemBytes = plan.shared_bytes;
   config.stream = launch.stream;

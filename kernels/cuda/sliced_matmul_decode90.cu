@@ -4,18 +4,17 @@
 #include <cstdint>
 
 #include "kernels/cuda/sliced_matmul_decode90.cuh"
+#include "kernels/cuda/sliced_matmul_launch.h"
 #include "kernels/cuda/sliced_matmul_problem.h"
 
 namespace mobi::cuda {
 namespace {
 
-int CeilDiv(int a, int b) { return (a + b - 1) / b; }
-
 // Clusters per block of tokens: all at once, so that weights are read once, unless that leaves a
 // quarter of the machine idle.
 int CountClusters(int resident, int token_blocks, int units) {
   const int count = std::clamp(resident / token_blocks, 1, units);
-  const int waves = CeilDiv(token_blocks * count, resident);
+  const int waves = DivideUp(token_blocks * count, resident);
   const bool idle = 4 * token_blocks * count < 3 * waves * resident;
   return idle ? std::min(resident, units) : count;
 }
@@ -24,8 +23,8 @@ int CountClusters(int resident, int token_blocks, int units) {
 template <int N, int W>
 bool MakePlan(const SlicedMatmulLaunch& launch, const SlicedProblem& problem, int* clusters,
               Decode90Plan& best) {
-  const int units = CeilDiv(problem.rows, kUnitRows);
-  const int token_blocks = CeilDiv(problem.num_tokens, N);
+  const int units = DivideUp(problem.rows, kUnitRows);
+  const int token_blocks = DivideUp(problem.num_tokens, N);
   int least = 0;
   for (int parts_log = 0; parts_log <= 2 && W % (1 << parts_log) == 0; ++parts_log) {
     const int resident = launch.clusters[kPartsLog - parts_log];
@@ -34,8 +33,8 @@ bool MakePlan(const SlicedMatmulLaunch& launch, const SlicedProblem& problem, in
     CountTokens(std::min(problem.num_tokens, N), plan);
     const int count = CountClusters(resident, token_blocks, units);
     CutRows<W>(units, count, plan);
-    const int waves = CeilDiv(token_blocks * count, resident);
-    const int most = waves * CeilDiv(units, count) << parts_log;
+    const int waves = DivideUp(token_blocks * count, resident);
+    const int most = waves * DivideUp(units, count) << parts_log;
     if (!FitShared<N, W>(problem, 0, plan) || (least > 0 && most >= least)) continue;
     least = most;
     best = plan;
@@ -53,7 +52,7 @@ cudaError_t LaunchKernel(const SlicedMatmulLaunch& launch, const SlicedProblem& 
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attributes[2] = {};
   const cudaLaunchConfig_t config =
-      Configure(launch, plan, clusters, CeilDiv(problem.num_tokens, N), 128 * W, attributes);
+      Configure(launch, plan, clusters, DivideUp(problem.num_tokens, N), 128 * W, attributes);
   return cudaLaunchKernelEx(&config, kernel, problem, plan);
 }
 

@@ -3,39 +3,17 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "kernels/cuda/sliced_matmul_launch.h"
 #include "kernels/cuda/sliced_matmul_prefill.cuh"
 #include "kernels/cuda/sliced_matmul_problem.h"
 
 namespace mobi::cuda {
 namespace {
 
-int CeilDiv(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
-
-template <typename Kernel>
-cudaError_t Launch(const SlicedMatmulLaunch& launch, Kernel* kernel, dim3 blocks, int threads,
-                   int shared_bytes, const SlicedProblem& problem, const PrefillPlan& plan) {
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error != cudaSuccess) return error;
-  }
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = blocks;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = launch.stream;
-  config.attrs = &attribute;
-  config.numAttrs = launch.pdl ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, problem, plan);
-}
-
 int CountRowBlocks(const SlicedProblem& problem, int* segment_blocks) {
   int begin = 0, blocks = 0;
   for (int s = 0; s < kMaxSegments; ++s) {
-    blocks += CeilDiv((problem.segment_tiles[s] - begin) * kTileRows, kPrefillRows);
+    blocks += DivideUp((problem.segment_tiles[s] - begin) * kTileRows, kPrefillRows);
     if (segment_blocks != nullptr) segment_blocks[s] = blocks;
     begin = problem.segment_tiles[s];
   }
@@ -44,7 +22,7 @@ int CountRowBlocks(const SlicedProblem& problem, int* segment_blocks) {
 
 // Tiles of BN tokens that one segment may need: every level may leave one half empty.
 int MostTokenTiles(int num_tokens, int bn) {
-  return CeilDiv(num_tokens, bn) + std::min(num_tokens, kNumLevels) - 1;
+  return DivideUp(num_tokens, bn) + std::min(num_tokens, kNumLevels) - 1;
 }
 
 // ---- Workspace: order, starts, images.
@@ -63,21 +41,21 @@ cudaError_t LaunchTiles(const SlicedMatmulLaunch& launch, const SlicedProblem& p
   plan.token_tiles = MostTokenTiles(problem.num_tokens, BN);
   const int row_blocks = CountRowBlocks(problem, plan.segment_blocks);
   const dim3 pack(problem.num_segments * plan.token_tiles * (BN / kPackTokens),
-                  CeilDiv(problem.groups, kPackGroups));
+                  DivideUp(problem.groups, kPackGroups));
   const cudaError_t error =
-      Launch(launch, SlicedPackKernel<BN>, pack, kPackThreads, 0, problem, plan);
+      LaunchSliced(launch, SlicedPackKernel<BN>, pack, kPackThreads, 0, problem, plan);
   if (error != cudaSuccess) return error;
   const int blocks = std::min(row_blocks * plan.token_tiles, launch.num_sms);
-  return Launch(launch, SlicedPrefillKernel<BN, kBf16>, dim3(blocks), kPrefillThreads,
-                PrefillShared<BN>::kBytes, problem, plan);
+  return LaunchSliced(launch, SlicedPrefillKernel<BN, kBf16>, dim3(blocks), kPrefillThreads,
+                      PrefillShared<BN>::kBytes, problem, plan);
 }
 
 // How long tiles of BN tokens take, in cycles per group of columns; `cycles`: of one tile, measured
 // with 4096 columns on an H200.
 template <int BN>
 int CostOf(const SlicedProblem& problem, int num_sms, int cycles) {
-  const int tiles = CountRowBlocks(problem, nullptr) * CeilDiv(problem.num_tokens, BN);
-  return CeilDiv(tiles, num_sms) * cycles;
+  const int tiles = CountRowBlocks(problem, nullptr) * DivideUp(problem.num_tokens, BN);
+  return DivideUp(tiles, num_sms) * cycles;
 }
 
 template <bool kBf16>
