@@ -66,7 +66,7 @@ def perplexity():
 
 
 def gpu_step():
-    rows = markdown_table("decode-step_h200_2026-11-29.md", "bits", "after, ms", "floor, ms")
+    rows = markdown_table("decode-step_h200_2026-11-30.md", "bits", "after, ms", "floor, ms")
     return render(["bits", "sequences", "ms", "times the floor of its bytes"],
                   [[r["bits"], r["sequences"], r["after, ms"], r["after / floor"]] for r in rows])
 
