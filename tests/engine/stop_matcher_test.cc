@@ -2,7 +2,6 @@
 
 #include <gtest/gtest.h>
 
-#include <chrono>
 #include <random>
 
 #include "engine/tokenizer_utf8.h"
@@ -110,17 +109,14 @@ TEST(StopMatcher, WithoutStopsEverythingPasses) {
   EXPECT_EQ(matcher.Flush(), "");
 }
 
+// Matching that goes over the text again for every piece would not end in the test's time.
 TEST(StopMatcher, LongTextsOfAlmostMatchesAreLinear) {
-  // Quadratic matching would take minutes.
   const std::vector<std::string> stops(8, std::string(63, 'a') + "b");
   StopMatcher matcher(stops);
-  const auto begin = std::chrono::steady_clock::now();
   size_t out = 0;
   const std::string piece(1 << 12, 'a');
   for (int i = 0; i < 256; ++i) out += matcher.Push(piece).size();
   EXPECT_EQ(out, (1 << 20) - 63u);
-  const auto elapsed = std::chrono::steady_clock::now() - begin;
-  EXPECT_LT(std::chrono::duration<double>(elapsed).count(), 5.0);
 }
 
 }  // namespace
