@@ -66,7 +66,7 @@ struct BatchWarp90 {
   int row_tile, last_tile;  // this warp's; the segment's last
   int64_t unit;             // of this warpgroup among all, of all blocks of tokens
   uint32_t ring;            // this lane's 16 bytes of its warp's, a shared address
-  int group, end;           // the block's columns
+  int group, end;           // the group that comes next, and where the block's columns end
   ColumnOrder<N> order;
 
   // Offsets in shared memory.
@@ -128,7 +128,7 @@ struct BatchWarp90 {
     ptx::FenceBarrierInit();
   }
 
-  __device__ __forceinline__ void Ask(int g, int stage) const {
+  __device__ __forceinline__ void AskX(int g, int stage) const {
     const int64_t place = (int64_t{blockIdx.y} * p.num_segments + segment) * p.groups + g;
     const uint32_t base = ptx::SharedAddress(shared);
     ptx::BarrierArriveExpecting(Full(stage), kImageGroupBytes<N> + Shared::kTermBytes);
@@ -143,7 +143,7 @@ struct BatchWarp90 {
     uint32_t full_before = 1;  // the parity of a phase that no stage waits for
     for (int g = group; g < end; ++g) {
       ptx::BarrierWait(Empty(x_stage), full_before);
-      Ask(g, x_stage);
+      AskX(g, x_stage);
       if (++x_stage == plan.x_stages) {
         x_stage = 0;
         full_before ^= 1;
@@ -379,12 +379,11 @@ struct BatchWarp90 {
   // A lower level's bytes are a higher one's, cut off.
   __device__ __forceinline__ void MultiplyLevel(int half, int level, const uint8_t* from, Codes& a,
                                                 float (&y)[kHalfTiles][2]) const {
-    const uint32_t mask = 0x01010101u * (0xFFu << (8 - kSliceBits * level) & 0xFFu);
     Sums d;
 #pragma unroll
-    for (uint32_t& fragment : a) fragment &= mask;
+    for (uint32_t& fragment : a) fragment &= BytesOfLevel(level);
     Multiply(half, a, d);
-    const float half_step = __uint_as_float((126u - 2 * level) << 23);
+    const float half_step = __uint_as_float((126u - 2 * level) << 23);  // HalfStep(level)
     const Pairs pairs = LoadPairs(from, level - 1, half_step);
     const int begin = order.Begin(level) - half * kHalfTokens;
     const int stop = order.End(level) - half * kHalfTokens;
