@@ -113,8 +113,8 @@ cudaError_t LaunchRound(const SlicedMatmulLaunch& launch, const SlicedProblem& p
 template <int N>
 cudaError_t LaunchTokens(const SlicedMatmulLaunch& launch, const SlicedProblem& problem,
                          DType x_type) {
-  const size_t block_bytes =
-      size_t{N} * (2 * kGroupSize + sizeof(WholeTerms)) * problem.num_segments * problem.groups;
+  const size_t block_bytes = size_t{kImageGroupBytes<N> + Batch90Shared<N>::kTermBytes} *
+                             problem.num_segments * problem.groups;
   const size_t blocks = std::max<size_t>(launch.workspace_bytes / 2 / block_bytes, 1);
   const int round = static_cast<int>(std::min<size_t>(blocks * N, problem.num_tokens));
   for (int first = 0; first < problem.num_tokens; first += round) {

@@ -203,13 +203,14 @@ TEST_F(CalibrateTest, AnLmHeadInSlicesIsServedAndCostsLittleAtHighBits) {
   for (int k = 1; k < kNumLevels; ++k) EXPECT_LT(loss[k], loss[k - 1]) << k;
 
   const auto nll = [&](const std::string& dir) {
-    const auto results = Evaluated(Evaluation(dir, {2, 8}));
+    // All windows: of sixteen, roundings alone make as much as what is looked for.
+    const auto results = Evaluated(Evaluation(dir, {2, 8}, 0));
     EXPECT_TRUE(results.ok()) << results.status();
     return std::pair((*results)[0].nll, (*results)[1].nll);
   };
   const auto whole = nll("whole"), sliced = nll("sliced");
   EXPECT_NE(sliced.second, whole.second);
-  EXPECT_NEAR(sliced.second, whole.second, 6e-3);  // 0.003 or less, as BLAS rounds
+  EXPECT_NEAR(sliced.second, whole.second, 2e-3);
   // At 2 bits the head is read at min_level: its own error is small beside the linears'.
   EXPECT_NE(sliced.first, whole.first);
   EXPECT_NEAR(sliced.first, whole.first, 0.2);
