@@ -211,7 +211,7 @@ bool CudaBackend::EnterAlone() {
   if (const auto input = std::exchange(pending_input_, std::nullopt)) LaunchInput(*input);
   if (const auto route = std::exchange(pending_route_, std::nullopt)) LaunchRoute(*route);
   if (const auto matmul = std::exchange(pending_matmul_, std::nullopt)) {
-    fault_.Check(cuda::LaunchRoutedMatmul(MatmulLaunch(), *matmul), "SlicedMatmul");
+    fault_.Check(cuda::LaunchRoutedMatmul(context_, MatmulLaunch(), *matmul), "SlicedMatmul");
   }
   if (const auto rope = std::exchange(pending_rope_, std::nullopt)) {
     fault_.Check(cuda::LaunchRope(context_, rope->qkv, rope->rope, rope->positions, rope->slots,
@@ -332,10 +332,10 @@ void CudaBackend::RmsNorm(Tensor x, Tensor weight, float eps, Tensor out) {
 }
 
 void CudaBackend::AddRmsNorm(Tensor delta, Tensor weight, float eps, Tensor residual, Tensor out) {
-  if (pending_matmul_.has_value() && delta.data != nullptr &&
-      pending_matmul_->out.data == delta.data && pending_matmul_->out.rows == residual.rows &&
-      pending_matmul_->out.cols == residual.cols && IsActivation(residual) &&
-      residual.data != delta.data) {
+  if (pending_matmul_.has_value() && cuda::TakesResidual(*pending_matmul_) &&
+      delta.data != nullptr && pending_matmul_->out.data == delta.data &&
+      pending_matmul_->out.rows == residual.rows && pending_matmul_->out.cols == residual.cols &&
+      IsActivation(residual) && residual.data != delta.data) {
     pending_matmul_->residual = residual;
     delta = Tensor{};
   }
@@ -366,7 +366,7 @@ void CudaBackend::Route(Tensor x, const RoutedWeight& linear, const RoutingBatch
     return;
   }
   pending_route_ = {source, x, linear, batch, levels, levels_stride, {}, {}};
-  if (!cuda::CanRouteInMatmul(MatmulLaunch(), source, x, linear)) EnterAlone();
+  if (!cuda::CanRouteInMatmul(context_, MatmulLaunch(), source, x, linear)) EnterAlone();
 }
 
 void CudaBackend::LaunchRoute(const cuda::RoutedMatmul& op) {

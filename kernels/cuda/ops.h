@@ -9,6 +9,7 @@
 
 #include "kernels/backend.h"
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/sliced_matmul_batch90_image.h"
 
 namespace mobi::cuda {
 
@@ -55,12 +56,12 @@ struct RouteSource {
   Tensor norm_weight;
   float eps = 0;
 };
-// True if LaunchRoute can take this source other than kPlain.
+// True if LaunchRoute can take this source other than kPlain, and leave images of x.
 bool CanFuseRoute(const LaunchContext& context, const RouteSource& source, Tensor x,
                   const RoutedWeight& linear);
 cudaError_t LaunchRoute(const LaunchContext& context, const RouteSource& source, Tensor x,
                         const RoutedWeight& linear, const RoutingBatch& batch, uint8_t* levels,
-                        int64_t levels_stride);
+                        int64_t levels_stride, const BatchImages& images = {});
 // Any float weight; out fp32 or the activation type. A result depends on its row of x alone.
 cudaError_t LaunchDenseMatmul(const LaunchContext& context, Tensor x, Tensor weight, Tensor out);
 cudaError_t LaunchSample(const LaunchContext& context, Tensor logits, const SamplingBatch& batch,

@@ -3,15 +3,23 @@
 // the columns of W1, whose fragments they fetch before they wait for the input. With clusters
 // (compute capability 9.0) they exchange sums through shared memory and finish the tokens between
 // them; without, through scratch, and the block that arrives last finishes the group. The sums'
-// order is the same either way.
+// order is the same either way. For a matmul of the batch path the kernel also leaves x as whole
+// numbers, which saves that one's own kernel.
 #include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/ops.h"
 #include "kernels/cuda/route.cuh"
+#include "kernels/cuda/sliced_matmul_batch90_image.cuh"
 
 namespace mobi::cuda {
 namespace {
 
 constexpr int kColsPerTurn = kRouteWarps * 32;
+
+// Of a block's columns.
+__host__ __device__ constexpr int TurnsOf(int cols) {
+  constexpr int kCols = kRouteRanks * kColsPerTurn;
+  return (cols + kCols - 1) / kCols;
+}
 
 __device__ __forceinline__ void PrefetchL2(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
@@ -69,32 +77,80 @@ __device__ __forceinline__ void MultiplyTurn(const uint4 (&w)[kHiddenTiles][2],
   }
 }
 
+template <typename T>
+__device__ __forceinline__ uint4 PackElements(const float (&v)[8]) {
+  return make_uint4(Pack<T>(v[0], v[1]), Pack<T>(v[2], v[3]), Pack<T>(v[4], v[5]),
+                    Pack<T>(v[6], v[7]));
+}
+
+template <typename T>
+__device__ __forceinline__ void UnpackElements(const uint4& from, float (&v)[8]) {
+  const uint32_t words[4] = {from.x, from.y, from.z, from.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = Unpack<T>(words[i]);
+    v[2 * i] = pair.x, v[2 * i + 1] = pair.y;
+  }
+}
+
 // Eight elements as halves for the mma; their squares are added.
 template <typename T>
 __device__ __forceinline__ uint4 AsHalves(const float (&v)[8], float* squares) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) *squares = fmaf(v[i], v[i], *squares);
-  return make_uint4(Pack<half>(v[0], v[1]), Pack<half>(v[2], v[3]), Pack<half>(v[4], v[5]),
-                    Pack<half>(v[6], v[7]));
+  return PackElements<half>(v);
 }
 
-// Elements col .. col + 7 of a token's x: read, or made and written.
+// A block's memory beside RouteShared: what its columns alone need.
+template <int kTokens>
+struct RouteColumns {
+  float* norm;    // weights of the norm
+  uint8_t* tile;  // x, for the images: [token] of tile_stride bytes; null: not needed
+  int tile_stride;
+
+  static constexpr int kPad = 64;  // so that a quarter of a warp's stores meet no bank twice
+
+  static size_t Bytes(int turns, bool norm, bool images) {
+    const size_t columns = size_t{kColsPerTurn} * turns;
+    return (norm ? columns * sizeof(float) : 0) + (images ? kTokens * (columns * 2 + kPad) : 0);
+  }
+
+  __device__ __forceinline__ RouteColumns(uint8_t* memory, int turns, bool has_norm, bool images) {
+    const int columns = kColsPerTurn * turns;
+    norm = reinterpret_cast<float*>(memory);
+    tile = images ? memory + (has_norm ? columns * sizeof(float) : 0) : nullptr;
+    tile_stride = columns * 2 + kPad;
+  }
+
+  // Begins the copies of `count` weights.
+  __device__ __forceinline__ void LoadNorm(const float* weights, int count) const {
+    for (int i = 4 * static_cast<int>(threadIdx.x); i < count; i += 4 * kRouteThreads) {
+      ptx::CopyAsync16(ptx::SharedAddress(norm + i), weights + i);
+    }
+  }
+};
+
+// Elements col .. col + 7 of a token's x from those of its source (kNorm) or by reading them; x is
+// written unless it is there. norm: their weights.
 template <typename T, RouteInput kInput>
-__device__ __forceinline__ void MakeInput(const RouteParams& p, int64_t token, int col, float scale,
+__device__ __forceinline__ void MakeInput(const RouteParams& p, int64_t token, int col,
+                                          const uint4& residual, const float* norm, float scale,
                                           float (&v)[8]) {
   T* x = static_cast<T*>(p.x) + token * p.x_stride + col;
   if constexpr (kInput == RouteInput::kPlain) {
     Load8(x, 8, true, v);
     return;
   }
-  Load8(static_cast<const T*>(p.source) + token * p.source_stride + col, 8, true, v);
   float other[8];
   if constexpr (kInput == RouteInput::kNorm) {
-    Load8(p.norm_weight + col, 8, true, other);
+    UnpackElements<T>(residual, v);
+    Load8(norm, 8, true, other);
 #pragma unroll
     for (int i = 0; i < 8; ++i) v[i] *= scale * other[i];
   } else {
-    Load8(static_cast<const T*>(p.source) + token * p.source_stride + p.cols + col, 8, true, other);
+    const T* gate = static_cast<const T*>(p.source) + token * p.source_stride + col;
+    Load8(gate, 8, true, v);
+    Load8(gate + p.cols, 8, true, other);
 #pragma unroll
     for (int i = 0; i < 8; ++i) v[i] = Silu(v[i]) * other[i];
   }
@@ -103,12 +159,46 @@ __device__ __forceinline__ void MakeInput(const RouteParams& p, int64_t token, i
   Store8(x, 8, true, v);
 }
 
+// residual += delta for this lane's elements of turns first .. first + kTurns - 1 below `turns`,
+// which it keeps; their squares are added.
+template <typename T, int kTurns>
+__device__ __forceinline__ void AddTurns(const RouteParams& p, int64_t token, int first_col,
+                                         int first, int turns, uint4 (&kept)[kTurns],
+                                         float* squares) {
+  T* residual = static_cast<T*>(p.source) + token * p.source_stride;
+  const T* delta = static_cast<const T*>(p.delta) + token * p.delta_stride;
+  uint4 more[kTurns];
+#pragma unroll
+  for (int i = 0; i < kTurns; ++i) {
+    const int col = first_col + (first + i) * kColsPerTurn;
+    if (first + i >= turns || col >= p.cols) break;
+    kept[i] = *reinterpret_cast<const uint4*>(residual + col);
+    if (p.delta != nullptr) more[i] = *reinterpret_cast<const uint4*>(delta + col);
+  }
+#pragma unroll
+  for (int i = 0; i < kTurns; ++i) {
+    const int col = first_col + (first + i) * kColsPerTurn;
+    if (first + i >= turns || col >= p.cols) break;
+    float v[8], add[8];
+    UnpackElements<T>(kept[i], v);
+    if (p.delta != nullptr) {
+      UnpackElements<T>(more[i], add);
+#pragma unroll
+      for (int k = 0; k < 8; ++k) v[k] = ToFloat(FromFloat<T>(v[k] + add[k]));
+      kept[i] = PackElements<T>(v);
+      *reinterpret_cast<uint4*>(residual + col) = kept[i];
+    }
+#pragma unroll
+    for (int k = 0; k < 8; ++k) *squares = fmaf(v[k], v[k], *squares);
+  }
+}
+
 // residual += delta for this lane's elements, then the cluster's sums of squares: scales[n] is
-// 1 / rms of token 8 n + g.
-template <typename T, int kTokenTiles, typename Shared>
+// 1 / rms of token 8 n + g. kept: the last token's elements of the first turns.
+template <typename T, int kTokenTiles, int kTurns, typename Shared>
 __device__ __forceinline__ void AddAndMeasure(const RouteParams& p, int first_token, int count,
                                               int first_col, int turns, int rank, Shared& s,
-                                              float (&scales)[kTokenTiles]) {
+                                              uint4 (&kept)[kTurns], float (&scales)[kTokenTiles]) {
   constexpr int kTokens = 8 * kTokenTiles;
   const int tid = static_cast<int>(threadIdx.x), warp = tid / 32;
   const int g = tid % 32 / 4, t = tid % 4;
@@ -116,22 +206,12 @@ __device__ __forceinline__ void AddAndMeasure(const RouteParams& p, int first_to
   for (int n = 0; n < kTokenTiles; ++n) {
     const int64_t token = first_token + 8 * n + g;
     float squares = 0;
-#pragma unroll 2
-    for (int turn = 0; turn < turns; ++turn) {
-      const int col = first_col + turn * kColsPerTurn;
-      if (8 * n + g >= count || col >= p.cols) break;
-      T* residual = static_cast<T*>(p.source) + token * p.source_stride + col;
-      float v[8];
-      Load8(residual, 8, true, v);
-      if (p.delta != nullptr) {
-        float add[8];
-        Load8(static_cast<const T*>(p.delta) + token * p.delta_stride + col, 8, true, add);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) v[i] = ToFloat(FromFloat<T>(v[i] + add[i]));
-        Store8(residual, 8, true, v);
+    if (8 * n + g < count) {
+      AddTurns<T>(p, token, first_col, 0, turns, kept, &squares);
+      for (int first = kTurns; first < turns; first += kTurns) {
+        uint4 others[kTurns];
+        AddTurns<T>(p, token, first_col, first, turns, others, &squares);
       }
-#pragma unroll
-      for (int i = 0; i < 8; ++i) squares = fmaf(v[i], v[i], squares);
     }
     squares = QuadSum(squares);
     if (t == 0) s.sums[warp][8 * n + g][0] = squares;
@@ -145,6 +225,7 @@ __device__ __forceinline__ void AddAndMeasure(const RouteParams& p, int first_to
     for (int w = 0; w < kRouteWarps; ++w) sum += s.sums[w][token][0];
     StoreRemote(&s.squares[rank][token], e / kTokens, sum);
   }
+  ptx::WaitCopies<0>();  // of the norm's weights, for all threads after the barrier
   ClusterSync();
 #pragma unroll
   for (int n = 0; n < kTokenTiles; ++n) {
@@ -155,10 +236,32 @@ __device__ __forceinline__ void AddAndMeasure(const RouteParams& p, int first_to
   }
 }
 
+// The block's columns of x, from its tile into the images.
+template <typename T, int kTokens>
+__device__ __forceinline__ void LeaveImages(const RouteParams& p, const BatchImages& images,
+                                            const RouteColumns<kTokens>& columns, int first_token,
+                                            int count, int first_group, int groups) {
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  groups = min(groups, p.cols / kGroupSize - first_group);
+  for (int first = 2 * warp; first < count * groups; first += 2 * kRouteWarps) {
+    const int item = first + lane / 16, token = item / groups, group = item % groups;
+    const bool there = item < count * groups;
+    uint4 elements = make_uint4(0, 0, 0, 0);
+    if (there) {
+      elements = *reinterpret_cast<const uint4*>(columns.tile + token * columns.tile_stride +
+                                                 group * kGroupSize * sizeof(T) + lane % 16 * 16);
+    }
+    LeaveImage<std::is_same_v<T, bfloat16>>(images, there, first_token + token, first_group + group,
+                                            elements);
+  }
+}
+
 // The end of a group in a cluster: this block's own tokens, then rank 0 for what concerns all.
-template <int kTokens, int kWidth>
+// meanwhile(): done while the sums are under way.
+template <int kTokens, int kWidth, typename Meanwhile>
 __device__ __forceinline__ void FinishInCluster(const RouteParams& p, int first_token, int count,
-                                                int rank, RouteShared<kTokens, kWidth>& s) {
+                                                int rank, RouteShared<kTokens, kWidth>& s,
+                                                const Meanwhile& meanwhile) {
   const int tid = static_cast<int>(threadIdx.x);
   for (int e = tid; e < count * kWidth; e += kRouteThreads) {
     const int token = e / kWidth, at = e % kWidth;
@@ -167,7 +270,9 @@ __device__ __forceinline__ void FinishInCluster(const RouteParams& p, int first_
     for (int w = 0; w < kRouteWarps; ++w) sum += s.sums[w][token][at];
     StoreRemote(&s.partials[rank][token / kRouteRanks][at], token % kRouteRanks, sum);
   }
-  ClusterSync();
+  ClusterArrive();
+  meanwhile();
+  ClusterWait();
   const RouteTokens tokens{first_token, rank, kRouteRanks, count};
   const int slots = max(tokens.mine(), 0);
   for (int e = tid; e < slots * kWidth; e += kRouteThreads) {
@@ -278,8 +383,9 @@ __device__ __forceinline__ void FinishAlone(const RouteParams& p, int first_toke
 
 template <typename T, RouteInput kInput, int kHiddenTiles, int kTokenTiles, bool kClusters>
 __global__ void __launch_bounds__(kRouteThreads)
-    RouteKernel(const __grid_constant__ RouteParams p) {
+    RouteKernel(const __grid_constant__ RouteParams p, const __grid_constant__ BatchImages images) {
   constexpr int kTokens = 8 * kTokenTiles, kWidth = 16 * kHiddenTiles + 1;
+  constexpr bool kNorm = kInput == RouteInput::kNorm;
   using Weights = RouterWeights<kHiddenTiles>;
   extern __shared__ __align__(16) uint8_t raw[];
   auto& s = *reinterpret_cast<RouteShared<kTokens, kWidth>*>(raw);
@@ -287,39 +393,61 @@ __global__ void __launch_bounds__(kRouteThreads)
   const int g = lane / 4, t = lane % 4, rank = static_cast<int>(blockIdx.x);
   const int first_token = static_cast<int>(blockIdx.y) * kTokens;
   const int count = min(kTokens, p.batch.num_tokens - first_token);
-  const int turns = (p.cols + kRouteRanks * kColsPerTurn - 1) / (kRouteRanks * kColsPerTurn);
-  const int first_col = rank * turns * kColsPerTurn + warp * 32 + 8 * t;
+  const int turns = TurnsOf(p.cols);
+  const int block_col = rank * turns * kColsPerTurn;
+  const int first_col = block_col + warp * 32 + 8 * t;
+  const RouteColumns<kTokens> columns(raw + sizeof(s), turns, kNorm, images.bytes != nullptr);
   if constexpr (kClusters) ClusterArrive();
   AllowNext();
   Weights weights;
   weights.Fetch(p, first_col, turns);
+  if constexpr (kNorm) {
+    columns.LoadNorm(p.norm_weight + block_col, min(turns * kColsPerTurn, p.cols - block_col));
+  }
   LoadRouter(p, s);
   if (tid < kMaxSegments) s.highest[tid] = 0;
   WaitForPrevious();
   if constexpr (kClusters) ClusterWait();  // every block of the cluster has begun
+  if (images.bytes != nullptr) {
+    ClearArrivals(images, blockIdx.y * kRouteRanks + rank, gridDim.y * kRouteRanks);
+  }
 
   float scales[kTokenTiles] = {};
-  if constexpr (kInput == RouteInput::kNorm) {
-    AddAndMeasure<T, kTokenTiles>(p, first_token, count, first_col, turns, rank, s, scales);
+  uint4 residual[Weights::kHeldTurns];  // of the token in a tile that is the only one
+  if constexpr (kNorm) {
+    AddAndMeasure<T, kTokenTiles>(p, first_token, count, first_col, turns, rank, s, residual,
+                                  scales);
   }
   float sums[kHiddenTiles][kTokenTiles][4] = {};
   float squares[kTokenTiles] = {};
-  const auto input = [&](int turn, uint4(&x)[kTokenTiles]) {
+  // at_hand: the residual's elements, or null.
+  const auto input = [&](int turn, const uint4* at_hand, uint4(&x)[kTokenTiles]) {
     const int col = first_col + turn * kColsPerTurn;
 #pragma unroll
     for (int n = 0; n < kTokenTiles; ++n) {
       x[n] = make_uint4(0, 0, 0, 0);
       if (8 * n + g >= count || col >= p.cols) continue;
+      const int64_t token = first_token + 8 * n + g;
+      uint4 source = make_uint4(0, 0, 0, 0);
+      if constexpr (kNorm) {
+        source = at_hand != nullptr
+                     ? *at_hand
+                     : *reinterpret_cast<const uint4*>(static_cast<const T*>(p.source) +
+                                                       token * p.source_stride + col);
+      }
       float v[8];
-      MakeInput<T, kInput>(p, first_token + 8 * n + g, col, scales[n], v);
+      MakeInput<T, kInput>(p, token, col, source, columns.norm + col - block_col, scales[n], v);
       x[n] = AsHalves<T>(v, &squares[n]);
+      if (columns.tile == nullptr) continue;
+      *reinterpret_cast<uint4*>(columns.tile + (8 * n + g) * columns.tile_stride +
+                                (col - block_col) * sizeof(T)) = PackElements<T>(v);
     }
   };
 #pragma unroll
   for (int turn = 0; turn < Weights::kHeldTurns; ++turn) {
     if (turn >= turns) break;
     uint4 x[kTokenTiles];
-    input(turn, x);
+    input(turn, kTokenTiles == 1 ? &residual[turn] : nullptr, x);
     MultiplyTurn<kHiddenTiles, kTokenTiles>(weights.held[turn], x, sums);
   }
   for (int turn = Weights::kHeldTurns; turn < turns; ++turn) {
@@ -328,7 +456,7 @@ __global__ void __launch_bounds__(kRouteThreads)
     for (int r = 0; r < 2 * kHiddenTiles; ++r) {
       w[r / 2][r % 2] = Weights::Load(Weights::At(p, 8 * r + g, first_col + turn * kColsPerTurn));
     }
-    input(turn, x);
+    input(turn, nullptr, x);
     MultiplyTurn<kHiddenTiles, kTokenTiles>(w, x, sums);
   }
   if constexpr (kInput == RouteInput::kNorm) __syncthreads();  // s.sums was in use
@@ -347,14 +475,20 @@ __global__ void __launch_bounds__(kRouteThreads)
   ptx::WaitCopies<0>();
   __syncthreads();
   if constexpr (kClusters) {
-    FinishInCluster(p, first_token, count, rank, s);
+    FinishInCluster(p, first_token, count, rank, s, [&] {
+      if (columns.tile == nullptr) return;
+      constexpr int kGroups = kColsPerTurn / kGroupSize;  // of a turn
+      LeaveImages<T>(p, images, columns, first_token, count, rank * turns * kGroups,
+                     turns * kGroups);
+    });
   } else {
     FinishAlone(p, first_token, count, rank, s);
   }
 }
 
 template <typename T, RouteInput kInput, int kHiddenTiles, int kTokenTiles, bool kClusters>
-cudaError_t LaunchTiles(const LaunchContext& context, RouteParams params) {
+cudaError_t LaunchTiles(const LaunchContext& context, RouteParams params,
+                        const BatchImages& images) {
   constexpr int kTokens = 8 * kTokenTiles, kWidth = 16 * kHiddenTiles + 1;
   const uint32_t groups = CeilDiv(params.batch.num_tokens, kTokens);
   const size_t partial_bytes =
@@ -367,40 +501,48 @@ cudaError_t LaunchTiles(const LaunchContext& context, RouteParams params) {
   params.partials = reinterpret_cast<float*>(context.scratch);
   params.losses = reinterpret_cast<float*>(context.scratch + partial_bytes);
   params.counters = context.counters;
+  const size_t shared_bytes =
+      sizeof(RouteShared<kTokens, kWidth>) +
+      RouteColumns<kTokens>::Bytes(TurnsOf(params.cols), kInput == RouteInput::kNorm,
+                                   images.bytes != nullptr);
   return LaunchClusters(context, kClusters ? kRouteRanks : 0,
                         RouteKernel<T, kInput, kHiddenTiles, kTokenTiles, kClusters>,
-                        dim3(kRouteRanks, groups), kRouteThreads,
-                        sizeof(RouteShared<kTokens, kWidth>), params);
+                        dim3(kRouteRanks, groups), kRouteThreads, shared_bytes, params, images);
 }
 
+// Up to how many tokens clusters of eight each are faster than fewer clusters that read W1 for more
+// at a time.
+constexpr int kFewTokens = 128;
+
 template <typename T, RouteInput kInput>
-cudaError_t LaunchInput(const LaunchContext& context, const RouteParams& params) {
+cudaError_t LaunchInput(const LaunchContext& context, const RouteParams& params,
+                        const BatchImages& images) {
   if constexpr (kInput == RouteInput::kPlain) {
-    if (!context.clusters) return LaunchTiles<T, kInput, 4, 2, false>(context, params);
+    if (!context.clusters) return LaunchTiles<T, kInput, 4, 2, false>(context, params, images);
     if (params.num_hidden > kMaxFusedRouterHidden) {
-      return LaunchTiles<T, kInput, 4, 2, true>(context, params);
+      return LaunchTiles<T, kInput, 4, 2, true>(context, params, images);
     }
   }
-  if (params.batch.num_tokens <= 8) return LaunchTiles<T, kInput, 2, 1, true>(context, params);
-  if (params.batch.num_tokens <= 16) return LaunchTiles<T, kInput, 2, 2, true>(context, params);
-  return LaunchTiles<T, kInput, 2, 4, true>(context, params);
+  return params.batch.num_tokens <= kFewTokens
+             ? LaunchTiles<T, kInput, 2, 1, true>(context, params, images)
+             : LaunchTiles<T, kInput, 2, 4, true>(context, params, images);
 }
 
 }  // namespace
 
 cudaError_t LaunchRoute(const LaunchContext& context, const RouteSource& source, Tensor x,
                         const RoutedWeight& linear, const RoutingBatch& batch, uint8_t* levels,
-                        int64_t levels_stride) {
+                        int64_t levels_stride, const BatchImages& images) {
   const RouteParams params = StateRoute(source, x, linear, batch, levels, levels_stride);
   return WithActivation(x.dtype, [&](auto element) {
     using T = decltype(element);
     switch (source.input) {
       case RouteInput::kPlain:
-        return LaunchInput<T, RouteInput::kPlain>(context, params);
+        return LaunchInput<T, RouteInput::kPlain>(context, params, images);
       case RouteInput::kNorm:
-        return LaunchInput<T, RouteInput::kNorm>(context, params);
+        return LaunchInput<T, RouteInput::kNorm>(context, params, images);
       case RouteInput::kSwiGlu:
-        return LaunchInput<T, RouteInput::kSwiGlu>(context, params);
+        return LaunchInput<T, RouteInput::kSwiGlu>(context, params, images);
     }
     return cudaErrorInvalidValue;
   });

@@ -63,7 +63,7 @@ struct RouteTokens {
 };
 
 template <int kTokens, int kWidth>
-struct RouteShared {
+struct alignas(16) RouteShared {
   static constexpr int kThreads = kRouteThreads, kSumWidth = kWidth;
   float sums[kRouteWarps][kTokens][kWidth];
   float partials[kRouteRanks][(kTokens + kRouteRanks - 1) / kRouteRanks][kWidth];

@@ -1,7 +1,8 @@
-// A linear of a decode step in one kernel: the op that makes its input, its router, its sliced
-// matmul, and the residual that takes its output. Saves a step three of its four kernels' launches
-// per linear; the results are bit for bit those of the ops one by one. Compute capability 9.0, few
-// tokens. Host code, one thread, asynchronous.
+// A linear of a decode step: the op that makes its input, its router, its sliced matmul, and the
+// residual that takes its output. For up to 16 tokens one kernel, which saves a step three of its
+// four kernels' launches per linear; for more, two, the first of which leaves the input as the
+// second reads it. The results are bit for bit those of the ops one by one. Compute capability 9.0.
+// Host code, one thread, asynchronous.
 #ifndef MOBI_KERNELS_CUDA_ROUTED_MATMUL_H_
 #define MOBI_KERNELS_CUDA_ROUTED_MATMUL_H_
 
@@ -21,13 +22,24 @@ struct RoutedMatmul {
   uint8_t* levels = nullptr;  // written, as by Route
   int64_t levels_stride = 0;
   Tensor out;
-  Tensor residual;  // no data, or what `out` is added to, in out's type
+  Tensor residual;  // no data, or what `out` is added to, in out's type: see TakesResidual
 };
 
-// True if LaunchRoutedMatmul can take it; a norm's delta must be in its source already.
-bool CanRouteInMatmul(const SlicedMatmulLaunch& launch, const RouteSource& source, const Tensor& x,
-                      const RoutedWeight& linear);
-cudaError_t LaunchRoutedMatmul(const SlicedMatmulLaunch& launch, const RoutedMatmul& op);
+inline constexpr int kMostFusedTokens = 16;  // of one kernel
+
+// True if LaunchRoutedMatmul can take it.
+bool CanRouteInMatmul(const LaunchContext& context, const SlicedMatmulLaunch& launch,
+                      const RouteSource& source, const Tensor& x, const RoutedWeight& linear);
+// Whether its matmul can add to a residual; a norm's delta must be in its source already where it
+// can.
+inline bool TakesResidual(const RoutedMatmul& op) { return op.x.rows <= kMostFusedTokens; }
+cudaError_t LaunchRoutedMatmul(const LaunchContext& context, const SlicedMatmulLaunch& launch,
+                               const RoutedMatmul& op);
+
+// The one kernel.
+bool CanRouteInDecode90(const SlicedMatmulLaunch& launch, const RouteSource& source,
+                        const Tensor& x, const RoutedWeight& linear);
+cudaError_t LaunchRoutedDecode90(const SlicedMatmulLaunch& launch, const RoutedMatmul& op);
 
 }  // namespace mobi::cuda
 

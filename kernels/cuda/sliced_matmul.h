@@ -36,10 +36,9 @@ struct SlicedMatmulLaunch {
   // clusters[i]: how many clusters of 2^i blocks the device holds at a time, one block to a
   // multiprocessor (FindClusterLimits). Only for 9.0.
   int clusters[4] = {};
-  // For kPrefill: 2 KiB for every column of x and segment of the weight at least, and 2
-  // bytes more a token for all of them in one round. For more than 16 tokens of kDecode: 136 bytes
-  // for every column and segment at least. Aligned to 256 bytes; contents need not survive between
-  // calls.
+  // For kPrefill: 2 KiB for every column of x and segment of the weight at least, and 2 bytes more
+  // a token for all of them in one round. For more than 16 tokens of kDecode: 136 bytes for every
+  // column at least. Aligned to 256 bytes; contents need not survive between calls.
   void* workspace = nullptr;
   size_t workspace_bytes = 0;
 };

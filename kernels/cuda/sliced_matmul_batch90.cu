@@ -53,16 +53,17 @@ bool TakeWorkspace(const SlicedMatmulLaunch& launch, const SlicedProblem& proble
                    Batch90Plan& plan) {
   Workspace space{static_cast<uint8_t*>(launch.workspace), launch.workspace_bytes};
   const int64_t token_blocks = DivideUp(problem.num_tokens, N);
-  const int64_t groups = token_blocks * problem.num_segments * problem.groups;
-  if (!space.Take(groups * kImageGroupBytes<N>, &plan.images) ||
-      !space.Take(groups * N, &plan.terms)) {
+  const int64_t columns = token_blocks * N * problem.groups;
+  plan.x.groups = problem.groups;
+  if (!space.Take(columns * kImageTokenBytes, &plan.x.bytes) ||
+      !space.Take(columns, &plan.x.terms)) {
     return false;
   }
-  plan.num_arrivals = 0;
+  plan.x.num_arrivals = 0;
   if (plan.splits_log == 0) return true;
   const int64_t units = token_blocks * tiles * plan.tile_units;
-  plan.num_arrivals = static_cast<int>(units);
-  return space.Take(units, &plan.arrivals) &&
+  plan.x.num_arrivals = static_cast<int>(units);
+  return space.Take(units, &plan.x.arrivals) &&
          space.Take(units * kParts * BatchWarp90<N>::kVectors * 128, &plan.sums);
 }
 
@@ -89,49 +90,72 @@ bool MakePlan(const SlicedMatmulLaunch& launch, const SlicedProblem& problem, Ba
 }
 
 template <int N>
-cudaError_t LaunchRound(const SlicedMatmulLaunch& launch, const SlicedProblem& problem,
-                        DType x_type) {
-  Batch90Plan plan;
-  if (!MakePlan<N>(launch, problem, &plan)) return cudaErrorInvalidValue;
+cudaError_t LaunchProduct(const SlicedMatmulLaunch& launch, const SlicedProblem& problem,
+                          Batch90Plan& plan) {
   const bool splits = plan.splits_log > 0;
+  static_assert(Batch90Shared<N>::Bytes(2, false) <= kSharedBytes);  // BatchWarp90::FeedColumns
   plan.x_stages = Batch90Shared<N>::kMostStages;
   while (Batch90Shared<N>::Bytes(plan.x_stages, splits) > kSharedBytes) --plan.x_stages;
-  const unsigned token_blocks = DivideUp(problem.num_tokens, N);
-  const dim3 pack(problem.groups, problem.num_segments, token_blocks);
-  const cudaError_t error = x_type == DType::kBF16
-                                ? LaunchSliced(launch, BatchPackKernel<N, true>, pack,
-                                               kBatchPackThreads, 0, problem, plan)
-                                : LaunchSliced(launch, BatchPackKernel<N, false>, pack,
-                                               kBatchPackThreads, 0, problem, plan);
-  if (error != cudaSuccess) return error;
   const int tiles = plan.segment_tiles[kMaxSegments - 1];
-  return LaunchSliced(launch, BatchKernel90<N>, dim3(tiles << plan.splits_log, token_blocks),
+  return LaunchSliced(launch, BatchKernel90<N>,
+                      dim3(tiles << plan.splits_log, DivideUp(problem.num_tokens, N)),
                       kBatchThreads, Batch90Shared<N>::Bytes(plan.x_stages, splits), problem, plan);
 }
 
 // As many tokens at a time as half of the workspace holds images of.
 template <int N>
-cudaError_t LaunchTokens(const SlicedMatmulLaunch& launch, const SlicedProblem& problem,
-                         DType x_type) {
-  const size_t block_bytes = size_t{kImageGroupBytes<N> + Batch90Shared<N>::kTermBytes} *
-                             problem.num_segments * problem.groups;
+int TokensOfRound(const SlicedMatmulLaunch& launch, const SlicedProblem& problem) {
+  const size_t block_bytes = size_t{kGroupBytes<N> + Batch90Shared<N>::kTermBytes} * problem.groups;
   const size_t blocks = std::max<size_t>(launch.workspace_bytes / 2 / block_bytes, 1);
-  const int round = static_cast<int>(std::min<size_t>(blocks * N, problem.num_tokens));
+  return static_cast<int>(std::min<size_t>(blocks * N, problem.num_tokens));
+}
+
+template <int N>
+cudaError_t LaunchTokens(const SlicedMatmulLaunch& launch, const SlicedProblem& problem,
+                         LeaveImages leave_images) {
+  const int round = TokensOfRound<N>(launch, problem);
   for (int first = 0; first < problem.num_tokens; first += round) {
     const SlicedProblem some =
         TokensOf(problem, first, std::min(round, problem.num_tokens - first));
-    const cudaError_t error = LaunchRound<N>(launch, some, x_type);
+    Batch90Plan plan;
+    if (!MakePlan<N>(launch, some, &plan)) return cudaErrorInvalidValue;
+    cudaError_t error = leave_images(some, plan.x);
+    if (error == cudaSuccess) error = LaunchProduct<N>(launch, some, plan);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
 }
 
+// Calls with the tokens of a block as a template argument.
+template <typename Call>
+auto ForBlocks(int num_tokens, const Call& call) {
+  return num_tokens <= 32 ? call.template operator()<32>() : call.template operator()<64>();
+}
+
 }  // namespace
+
+bool CanBeOneRoundOfBatch90(const SlicedMatmulLaunch& launch, const SlicedProblem& problem) {
+  return problem.groups >= kParts && ForBlocks(problem.num_tokens, [&]<int N>() {
+           Batch90Plan plan;
+           return TokensOfRound<N>(launch, problem) == problem.num_tokens &&
+                  MakePlan<N>(launch, problem, &plan);
+         });
+}
+
+cudaError_t LaunchSlicedBatch90(const SlicedMatmulLaunch& launch, const SlicedProblem& problem,
+                                LeaveImages leave_images) {
+  return ForBlocks(problem.num_tokens,
+                   [&]<int N>() { return LaunchTokens<N>(launch, problem, leave_images); });
+}
 
 cudaError_t LaunchSlicedBatch90(const SlicedMatmulLaunch& launch, const SlicedProblem& problem,
                                 DType x_type) {
-  return problem.num_tokens <= 32 ? LaunchTokens<32>(launch, problem, x_type)
-                                  : LaunchTokens<64>(launch, problem, x_type);
+  auto* const kernel = x_type == DType::kBF16 ? BatchImageKernel<true> : BatchImageKernel<false>;
+  const auto leave_images = [&](const SlicedProblem& some, const BatchImages& images) {
+    const dim3 blocks(some.groups, DivideUp(some.num_tokens, kImageTokens));
+    return LaunchSliced(launch, kernel, blocks, kImageThreads, 0, some, images);
+  };
+  return LaunchSlicedBatch90(launch, problem, leave_images);
 }
 
 }  // namespace mobi::cuda

@@ -4,9 +4,9 @@
 // Work. A block has a tile of a segment, up to four units of 64 rows, and all parts of the columns
 // or a run of them. Each of its warpgroups has a unit: a warp streams its 16 rows through a ring of
 // its own and unpacks them into bytes, the warpgroup multiplies them (wgmma) by 32 tokens at a
-// time. x comes as bulk copies from images made before (sliced_matmul_batch90_order.cuh), a group
-// at a time for all warpgroups. Tokens are ordered by level, so that a unit's lower levels, which
-// are its bytes cut off, meet those of 32 tokens that read them.
+// time. x comes from images made before (sliced_matmul_batch90_image.cuh), a group at a time for
+// all warpgroups. Tokens are ordered by level, so that a unit's lower levels, which are its bytes
+// cut off, meet those of 32 tokens that read them.
 //
 // Sum of one output: as in sliced_matmul_decode90.cuh, so a token has the same bits here and there.
 // Parts of one block are added in shared memory; those of several meet in the workspace, and each
@@ -18,6 +18,7 @@
 #include <cuda/atomic>
 
 #include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/sliced_matmul_batch90_image.cuh"
 #include "kernels/cuda/sliced_matmul_batch90_order.cuh"
 #include "kernels/cuda/sliced_matmul_decode90_plan.cuh"
 #include "kernels/cuda/sliced_matmul_exchange.cuh"
@@ -33,8 +34,9 @@ inline constexpr int kBatchWarpgroups = 4;
 inline constexpr int kBatchThreads = 128 * (kBatchWarpgroups + 1);
 inline constexpr int kBatchRegisters = 112, kBatchFeederRegisters = 32;
 static_assert(kBatchWarpgroups * kBatchRegisters + kBatchFeederRegisters <= 5 * 96);
-inline constexpr int kHalfTokens = 32;  // that are multiplied at a time
+inline constexpr int kHalfTokens = kImageTokens;  // that are multiplied at a time
 inline constexpr int kHalfTiles = kHalfTokens / 4;
+inline constexpr int kFeedBarrier = kBatchWarpgroups + 1;  // after those of AddParts
 
 // Shared memory: stages of x, of terms, rings, sums, then what is small.
 template <int N>
@@ -45,8 +47,8 @@ struct Batch90Shared {
   static constexpr int kSmall = N + 2 * kMostStages * 8;
   static constexpr int kRings = 4 * kBatchWarpgroups * kStages * kWarpStageBytes;
 
-  static int Bytes(int x_stages, bool splits) {
-    return x_stages * (kImageGroupBytes<N> + kTermBytes) + kRings +
+  static constexpr int Bytes(int x_stages, bool splits) {
+    return x_stages * (kGroupBytes<N> + kTermBytes) + kRings +
            (splits ? 0 : kBatchWarpgroups * kSumBytes) + kSmall;
   }
 };
@@ -70,7 +72,7 @@ struct BatchWarp90 {
   ColumnOrder<N> order;
 
   // Offsets in shared memory.
-  __device__ __forceinline__ int TermsAt() const { return plan.x_stages * kImageGroupBytes<N>; }
+  __device__ __forceinline__ int TermsAt() const { return plan.x_stages * kGroupBytes<N>; }
   __device__ __forceinline__ int RingAt() const {
     return TermsAt() + plan.x_stages * Shared::kTermBytes;
   }
@@ -128,27 +130,85 @@ struct BatchWarp90 {
     ptx::FenceBarrierInit();
   }
 
-  __device__ __forceinline__ void AskX(int g, int stage) const {
-    const int64_t place = (int64_t{blockIdx.y} * p.num_segments + segment) * p.groups + g;
-    const uint32_t base = ptx::SharedAddress(shared);
-    ptx::BarrierArriveExpecting(Full(stage), kImageGroupBytes<N> + Shared::kTermBytes);
-    ptx::BulkCopy(base + stage * kImageGroupBytes<N>, plan.images + place * kImageGroupBytes<N>,
-                  kImageGroupBytes<N>, Full(stage));
-    ptx::BulkCopy(base + TermsAt() + stage * Shared::kTermBytes, plan.terms + place * N,
-                  Shared::kTermBytes, Full(stage));
+  // The first token of a half's group in the images.
+  __device__ __forceinline__ int64_t ImageOf(int half, int g) const {
+    return (int64_t{blockIdx.y * kHalves + half} * p.groups + g) * kHalfTokens;
   }
 
-  // One thread, which no product waits for, as it would in one of the warps that multiply.
-  __device__ __forceinline__ void FeedX() {
+  // Calls ask(group) for one after another, each when its stage is free.
+  template <typename Ask>
+  __device__ __forceinline__ void Feed(const Ask& ask) {
     uint32_t full_before = 1;  // the parity of a phase that no stage waits for
     for (int g = group; g < end; ++g) {
       ptx::BarrierWait(Empty(x_stage), full_before);
-      AskX(g, x_stage);
+      ask(g);
       if (++x_stage == plan.x_stages) {
         x_stage = 0;
         full_before ^= 1;
       }
     }
+  }
+
+  // All tokens at one level are in the images' order. By one thread, which no product waits for, as
+  // it would in one of the warps that multiply.
+  __device__ __forceinline__ void FeedImages() {
+    const uint32_t base = ptx::SharedAddress(shared);
+    Feed([&](int g) {
+      const uint32_t full = Full(x_stage);
+      ptx::BarrierArriveExpecting(full, kGroupBytes<N> + Shared::kTermBytes);
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+        constexpr int kBytes = kGroupBytes<kHalfTokens>, kTerms = Shared::kTermBytes / kHalves;
+        const int64_t from = ImageOf(half, g);
+        ptx::BulkCopy(base + x_stage * kGroupBytes<N> + half * kBytes,
+                      plan.x.bytes + from * kImageTokenBytes, kBytes, full);
+        ptx::BulkCopy(base + TermsAt() + x_stage * Shared::kTermBytes + half * kTerms,
+                      plan.x.terms + from, kTerms, full);
+      }
+    });
+  }
+
+  // Mixed levels: a warpgroup brings tokens to their columns.
+  __device__ __forceinline__ void FeedColumns() {
+    int last = -1;  // the stage that is under way
+    const auto hand_over = [&] {
+      ptx::FenceAsyncProxy();
+      ptx::NamedBarrier(kFeedBarrier, 128);
+      if (Thread() == 0) ptx::BarrierArrive(Full(last));
+    };
+    Feed([&](int g) {
+      AskColumns(g);
+      ptx::CommitCopies();
+      if (last >= 0) {
+        ptx::WaitCopies<1>();
+        hand_over();
+      }
+      last = x_stage;
+    });
+    ptx::WaitCopies<0>();
+    hand_over();
+  }
+
+  // Sixteen threads have a token's bytes. A chunk's place depends on its column (WriteForWgmma).
+  __device__ __forceinline__ void AskColumns(int g) const {
+    const uint32_t to = ptx::SharedAddress(shared) + x_stage * kGroupBytes<N>;
+    const int chunk = Thread() % 16;
+    for (int column = Thread() / 16; column < N; column += 8) {
+      const int token = TokensAt()[column];
+      const int from = chunk ^ ((token ^ column) % 4 * 2);
+      const int64_t at = ImageOf(token / kHalfTokens, g) + token % kHalfTokens;
+      ptx::CopyAsync16(to + column * kImageTokenBytes + chunk * 16,
+                       plan.x.bytes + at * kImageTokenBytes + from * 16);
+    }
+    if (Thread() >= N) return;
+    const int column = Thread(), token = TokensAt()[column];
+    const auto place = [](int c) {
+      return c / kHalfTokens * kHalfTokens + TermsPlace(c % kHalfTokens);
+    };
+    ptx::CopyAsync8(
+        ptx::SharedAddress(shared) + TermsAt() + x_stage * Shared::kTermBytes +
+            place(column) * static_cast<int>(sizeof(WholeTerms)),
+        plan.x.terms + ImageOf(token / kHalfTokens, g) + TermsPlace(token % kHalfTokens));
   }
 
   // Of the group that is multiplied.
@@ -282,9 +342,8 @@ struct BatchWarp90 {
 #pragma unroll
     for (uint32_t& fragment : a) ptx::KeepBefore(fragment);
     ptx::WgmmaFence();
-    const uint64_t b =
-        ptx::WgmmaOperand(ptx::SharedAddress(shared) + x_stage * kImageGroupBytes<N> +
-                          half * kHalfTokens * 2 * kGroupSize);
+    const uint64_t b = ptx::WgmmaOperand(ptx::SharedAddress(shared) + x_stage * kGroupBytes<N> +
+                                         half * kHalfTokens * 2 * kGroupSize);
     ptx::WgmmaBytesFromZero<2 * kHalfTokens>(d, a, b);
 #pragma unroll
     for (int w = 1; w < 4; ++w) {
@@ -353,6 +412,8 @@ struct BatchWarp90 {
   __device__ __forceinline__ int HighestLevel() const {
     return 1 + (order.End(2) > 0) + (order.End(3) > 0) + (order.End(4) > 0);
   }
+
+  __device__ __forceinline__ bool IsMixed() const { return order.End(HighestLevel()) < num_tokens; }
 
   // The level of a column that is there.
   __device__ __forceinline__ int LevelAt(int column) const {
@@ -474,7 +535,7 @@ struct BatchWarp90 {
     ptx::NamedBarrier(barrier, 128);
     if (Thread() == 0) {  // whose fence covers what the others have stored before the barrier
       __threadfence();
-      ::cuda::atomic_ref<uint32_t, ::cuda::thread_scope_device> arrived(plan.arrivals[unit]);
+      ::cuda::atomic_ref<uint32_t, ::cuda::thread_scope_device> arrived(plan.x.arrivals[unit]);
       arrived.fetch_add(1, ::cuda::memory_order_relaxed);
       while (arrived.load(::cuda::memory_order_relaxed) < 1u << plan.splits_log) {
       }
@@ -535,7 +596,11 @@ struct BatchWarp90 {
     __syncthreads();
     if (warpgroup == kBatchWarpgroups) {
       ptx::GiveRegisters<kBatchFeederRegisters>();
-      if (Thread() == 0) FeedX();
+      if (IsMixed()) {
+        FeedColumns();
+      } else if (Thread() == 0) {
+        FeedImages();
+      }
       return;
     }
     ptx::TakeRegisters<kBatchRegisters>();
@@ -550,9 +615,8 @@ struct BatchWarp90 {
   }
 
   __device__ __forceinline__ void RunAtLevels(Outputs& y) {
-    const int highest = HighestLevel();
-    if (order.End(highest) < num_tokens) return RunAtLevel<0>(y);
-    switch (highest) {
+    if (IsMixed()) return RunAtLevel<0>(y);
+    switch (HighestLevel()) {
       case 1:
         return RunAtLevel<1>(y);
       case 2:

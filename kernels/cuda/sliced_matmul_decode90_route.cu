@@ -11,8 +11,6 @@
 namespace mobi::cuda {
 namespace {
 
-constexpr int kMaxTokens = 16;
-
 template <int N, int W>
 bool MakePlan(const SlicedMatmulLaunch& launch, const SlicedProblem& problem, int* clusters,
               Decode90Plan& plan) {
@@ -84,11 +82,12 @@ bool SourceFits(const RouteSource& source, int64_t cols) {
 
 }  // namespace
 
-bool CanRouteInMatmul(const SlicedMatmulLaunch& launch, const RouteSource& source, const Tensor& x,
-                      const RoutedWeight& linear) {
+bool CanRouteInDecode90(const SlicedMatmulLaunch& launch, const RouteSource& source,
+                        const Tensor& x, const RoutedWeight& linear) {
   const int64_t cols = linear.weight.cols;
   if (launch.clusters[kPartsLog] == 0 || x.dtype != DType::kF16 || x.rows < 1 ||
-      x.rows > kMaxTokens || cols % kAllTurnCols != 0 || cols > int64_t{kMaxTurns} * kAllTurnCols ||
+      x.rows > kMostFusedTokens || cols % kAllTurnCols != 0 ||
+      cols > int64_t{kMaxTurns} * kAllTurnCols ||
       linear.router.num_hidden > kMaxFusedRouterHidden || !Vectorizable(x) ||
       linear.router.w1.stride % 8 != 0 || !SourceFits(source, cols)) {
     return false;
@@ -99,7 +98,7 @@ bool CanRouteInMatmul(const SlicedMatmulLaunch& launch, const RouteSource& sourc
   return StateProblem(x, linear.weight, nullptr, 0, out, &problem) && Fits(launch, problem);
 }
 
-cudaError_t LaunchRoutedMatmul(const SlicedMatmulLaunch& launch, const RoutedMatmul& op) {
+cudaError_t LaunchRoutedDecode90(const SlicedMatmulLaunch& launch, const RoutedMatmul& op) {
   SlicedProblem problem;
   if (!StateProblem(op.x, op.linear.weight, op.levels, op.levels_stride, op.out, &problem)) {
     return cudaErrorInvalidValue;

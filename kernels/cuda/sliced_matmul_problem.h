@@ -7,7 +7,9 @@
 
 #include <cstdint>
 
+#include "absl/functional/function_ref.h"
 #include "kernels/cuda/sliced_matmul.h"
+#include "kernels/cuda/sliced_matmul_batch90_image.h"
 #include "kernels/sliced_weight.h"
 
 namespace mobi::cuda {
@@ -50,6 +52,13 @@ bool LaunchSlicedDecode90(const SlicedMatmulLaunch& launch, const SlicedProblem&
 // The same of more tokens than that takes at once.
 cudaError_t LaunchSlicedBatch90(const SlicedMatmulLaunch& launch, const SlicedProblem& problem,
                                 DType x_type);
+// Enqueues what leaves these tokens' x in the images.
+using LeaveImages =
+    absl::FunctionRef<cudaError_t(const SlicedProblem& some, const BatchImages& images)>;
+cudaError_t LaunchSlicedBatch90(const SlicedMatmulLaunch& launch, const SlicedProblem& problem,
+                                LeaveImages leave_images);
+// True: it can take all of these tokens, and calls leave_images once.
+bool CanBeOneRoundOfBatch90(const SlicedMatmulLaunch& launch, const SlicedProblem& problem);
 cudaError_t LaunchSlicedPrefill(const SlicedMatmulLaunch& launch, const SlicedProblem& problem,
                                 DType x_type);
 

@@ -204,8 +204,9 @@ class Checker {
       }
     }
     // In rounds of the fewest tokens.
-    const size_t column_bytes = path == SlicedMatmulPath::kDecode ? 272 : 2304;
-    launch.workspace_bytes = column_bytes * weight.view.num_segments * cols;
+    const size_t column_bytes =
+        path == SlicedMatmulPath::kDecode ? 272 : 2304 * weight.view.num_segments;
+    launch.workspace_bytes = column_bytes * cols;
     CHECK_CUDA(cudaMemsetAsync(some.data, 0xFF, tokens * rows * 4, launch.stream));
     CHECK_CUDA(LaunchSlicedMatmul(launch, xt, weight.view, levels.data, tokens, part));
     CountDifferent<<<256, 256, 0, launch.stream>>>(reinterpret_cast<uint32_t*>(together.data),

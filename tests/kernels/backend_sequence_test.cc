@@ -236,7 +236,7 @@ TEST_P(BackendSequence, AddRmsNormThenRouteIsBatchInvariant) {
 // A linear of a decode step and the residual that takes its output: with a wait between the ops and
 // without, the same bits, whatever levels the array had before (they may be taken for a guess).
 TEST_P(BackendSequence, RouteThenMatmulThenAddRmsNorm) {
-  enum Input { kPlain, kNorm, kSwiGlu };
+  enum Input { kPlain, kNorm, kAddNorm, kSwiGlu };
   struct Case {
     Input input;
     int tokens, num_coherent, num_hidden;
@@ -250,7 +250,15 @@ TEST_P(BackendSequence, RouteThenMatmulThenAddRmsNorm) {
                         {kPlain, 8, 0, 17, 2048, {208}},
                         {kPlain, 9, 9, 32, 4096, {64, 2000}},
                         {kSwiGlu, 1, 1, 32, 14336, {144}},
-                        {kSwiGlu, 13, 5, 32, 6144, {1600}}}) {
+                        {kSwiGlu, 13, 5, 32, 6144, {1600}},
+                        {kAddNorm, 9, 9, 32, 2048, {96}},
+                        {kAddNorm, 17, 17, 32, 4096, {512, 128, 128}},
+                        {kNorm, 40, 25, 20, 1024, {96, 16}},
+                        {kPlain, 33, 0, 17, 4096, {64, 2000}},
+                        {kSwiGlu, 64, 64, 32, 14336, {144}},
+                        {kAddNorm, 128, 100, 32, 10240, {16, 16, 1600}},
+                        {kSwiGlu, 70, 1, 9, 3200, {208}},
+                        {kPlain, 130, 130, 32, 2048, {80}}}) {
     const std::string what = std::to_string(c.tokens) + " tokens, " + std::to_string(c.cols) +
                              " columns, input " + std::to_string(c.input);
     TestRouter router = RandomRouter(c.num_hidden, c.rows, c.cols);
@@ -260,12 +268,13 @@ TEST_P(BackendSequence, RouteThenMatmulThenAddRmsNorm) {
     const Batch batch = RandomBatch(c.tokens, c.num_coherent, router.host);
     const int64_t out_cols = router.host.weight.rows;
     const Matrix source = Normal(activations(), c.tokens, c.cols * (c.input == kSwiGlu ? 2 : 1));
+    const Matrix delta = Normal(activations(), c.tokens, c.cols);
     const Matrix residual = Normal(activations(), c.tokens, out_cols);
     const Tensor norm = OnDevice(Normal(DType::kF32, 1, c.cols));
     const Tensor next_norm = OnDevice(Normal(DType::kF32, 1, out_cols));
     struct Result {
       Routed routed;
-      Matrix out, residual, normed;
+      Matrix source, out, residual, normed;
     };
     const auto segments = static_cast<int64_t>(c.rows.size());
     const auto run = [&](bool wait, const std::vector<uint8_t>& levels_before) {
@@ -275,6 +284,7 @@ TEST_P(BackendSequence, RouteThenMatmulThenAddRmsNorm) {
         }
       };
       const Tensor from = OnDevice(source), residual_device = OnDevice(residual);
+      const Tensor delta_device = OnDevice(delta);
       const Tensor x =
           OnDevice(c.input == kPlain ? source : Matrix::Poisoned(activations(), c.tokens, c.cols));
       const Tensor out = OnDevice(Matrix::Poisoned(activations(), c.tokens, out_cols));
@@ -285,7 +295,9 @@ TEST_P(BackendSequence, RouteThenMatmulThenAddRmsNorm) {
       const RoutingBatch view = View(batch, OnDevice(batch.price), OnDevice(batch.min_level),
                                      OnDevice(batch.max_level), tiles, loaded);
       if (c.input == kNorm) backend().RmsNorm(from, norm, 1e-5f, x);
+      if (c.input == kAddNorm) backend().AddRmsNorm(delta_device, norm, 1e-5f, from, x);
       if (c.input == kSwiGlu) backend().SwiGlu(from, x);
+      after();
       backend().Route(x, router.device, view, levels, c.tokens);
       after();
       backend().SlicedMatmul(x, router.device.weight, levels, c.tokens, out);
@@ -297,6 +309,7 @@ TEST_P(BackendSequence, RouteThenMatmulThenAddRmsNorm) {
                      ToHost(levels, c.tokens * segments),
                      ToHost(tiles, c.tokens),
                      ToHost(loaded, 1)[0]},
+                    ToHost(from),
                     ToHost(out),
                     ToHost(residual_device),
                     ToHost(normed)};
@@ -314,6 +327,7 @@ TEST_P(BackendSequence, RouteThenMatmulThenAddRmsNorm) {
       EXPECT_EQ(guessed.routed.levels, alone.routed.levels) << what;
       EXPECT_EQ(guessed.routed.tiles, alone.routed.tiles) << what;
       EXPECT_EQ(guessed.routed.loaded, alone.routed.loaded) << what;
+      ExpectSame(guessed.source, alone.source, what + ": source");
       ExpectSame(guessed.out, alone.out, what + ": out");
       ExpectSame(guessed.residual, alone.residual, what + ": residual");
       ExpectSame(guessed.normed, alone.normed, what + ": the next norm");

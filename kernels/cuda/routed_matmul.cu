@@ -1,0 +1,61 @@
+// Which kernels do a decode step's linear, and how the two for many tokens share the scratch.
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/cuda/routed_matmul.h"
+#include "kernels/cuda/sliced_matmul_problem.h"
+
+namespace mobi::cuda {
+namespace {
+
+constexpr int kMostBatchTokens = 128;  // whose router is one cluster for every eight
+constexpr size_t kLossBytes = size_t{kMostBatchTokens} * 64;
+
+// The workspace behind what the router needs of it.
+SlicedMatmulLaunch BehindRouter(SlicedMatmulLaunch launch) {
+  launch.workspace = static_cast<std::byte*>(launch.workspace) + kLossBytes;
+  launch.workspace_bytes -= kLossBytes;
+  return launch;
+}
+
+bool CanRouteInBatch90(const LaunchContext& context, const SlicedMatmulLaunch& launch,
+                       const RouteSource& source, const Tensor& x, const RoutedWeight& linear) {
+  if (launch.compute_capability != 90 || x.rows > kMostBatchTokens ||
+      launch.workspace_bytes <= kLossBytes || !CanFuseRoute(context, source, x, linear)) {
+    return false;
+  }
+  Tensor out = x;
+  out.cols = out.stride = linear.weight.rows;
+  SlicedProblem problem;
+  return StateProblem(x, linear.weight, nullptr, 0, out, &problem) &&
+         CanBeOneRoundOfBatch90(BehindRouter(launch), problem);
+}
+
+cudaError_t LaunchRoutedBatch90(const LaunchContext& context, const SlicedMatmulLaunch& launch,
+                                const RoutedMatmul& op) {
+  SlicedProblem problem;
+  if (!StateProblem(op.x, op.linear.weight, op.levels, op.levels_stride, op.out, &problem)) {
+    return cudaErrorInvalidValue;
+  }
+  const auto route = [&](const SlicedProblem&, const BatchImages& images) {
+    return LaunchRoute(context, op.source, op.x, op.linear, op.batch, op.levels, op.levels_stride,
+                       images);
+  };
+  return LaunchSlicedBatch90(BehindRouter(launch), problem, route);
+}
+
+}  // namespace
+
+bool CanRouteInMatmul(const LaunchContext& context, const SlicedMatmulLaunch& launch,
+                      const RouteSource& source, const Tensor& x, const RoutedWeight& linear) {
+  return x.rows <= kMostFusedTokens ? CanRouteInDecode90(launch, source, x, linear)
+                                    : CanRouteInBatch90(context, launch, source, x, linear);
+}
+
+cudaError_t LaunchRoutedMatmul(const LaunchContext& context, const SlicedMatmulLaunch& launch,
+                               const RoutedMatmul& op) {
+  return op.x.rows <= kMostFusedTokens ? LaunchRoutedDecode90(launch, op)
+                                       : LaunchRoutedBatch90(context, launch, op);
+}
+
+}  // namespace mobi::cuda
