@@ -1,6 +1,7 @@
 #include <cmath>
 
 #include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/attention_tiles.cuh"
 #include "kernels/cuda/ops.h"
 
 namespace mobi::cuda {
@@ -20,7 +21,8 @@ cudaError_t LaunchBoth(const LaunchContext& context, const AttentionParams& para
 }  // namespace
 
 bool CanFuseRope(const AttentionShape& shape) {
-  return shape.num_heads / shape.num_kv_heads <= kRowsPerWarp;
+  return shape.num_heads / shape.num_kv_heads <= kRowsPerWarp &&
+         BoxRows(shape.block_size) >= kLeastBoxRows;
 }
 
 cudaError_t LaunchAttention(const LaunchContext& context, Tensor q, const KvLayer& kv,
@@ -31,17 +33,20 @@ cudaError_t LaunchAttention(const LaunchContext& context, Tensor q, const KvLaye
   params.q = q.data, params.q_stride = q.stride;
   params.k = kv.k.data, params.k_stride = kv.k.stride;
   params.v = kv.v.data, params.v_stride = kv.v.stride;
+  params.cache_rows = kv.k.rows;
   params.out = out.data, params.out_stride = out.stride;
   params.query_start = batch.query_start;
   params.context_len = batch.context_len;
   params.block_table = batch.block_table;
   params.block_table_stride = batch.block_table_stride;
   params.block_size = shape.block_size;
+  params.box_rows = BoxRows(shape.block_size);
   params.num_seqs = batch.num_seqs;
   params.num_kv_heads = shape.num_kv_heads;
   params.group = shape.num_heads / shape.num_kv_heads;
   params.scale_log2 = static_cast<float>(M_LOG2E / std::sqrt(static_cast<double>(shape.head_dim)));
-  // A larger group does not fit the decode kernel's one mma tile; the prefill kernel takes any.
+  // A larger group does not fit the decode kernel's one mma tile, and odd blocks have no boxes; the
+  // prefill kernel takes any.
   params.separate_decode = CanFuseRope(shape);
   return WithActivation(q.dtype, [&](auto element) {
     using T = decltype(element);

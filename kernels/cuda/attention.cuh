@@ -24,6 +24,7 @@ struct AttentionParams {
   const void* v;
   int64_t k_stride;
   int64_t v_stride;
+  int64_t cache_rows;
   void* out;
   int64_t out_stride;
   const int32_t* query_start;
@@ -31,13 +32,15 @@ struct AttentionParams {
   const int32_t* block_table;
   int block_table_stride;
   int block_size;
+  int box_rows;  // decode: BoxRows of it
   int num_seqs;
   int num_kv_heads;
   int group;             // query heads per kv head
   float scale_log2;      // log2(e) / sqrt(head_dim)
   bool separate_decode;  // sequences with one query are the decode kernel's
   DecodeRope rope;       // decode: rotates and caches the step's own token first
-  // Decode: partial results, [seq][head][tile][head_dim] and [seq][head][tile] (maximum, sum).
+  // Decode: the tiles' results where they meet in memory, [seq][head][tile][head_dim] and
+  // [seq][head][tile] (maximum, sum); null: they do not.
   float* partial;
   float2* partial_stats;
   int max_tiles;
@@ -52,27 +55,34 @@ __device__ __forceinline__ int CacheRow(const AttentionParams& p, const int32_t*
   return blocks[token / p.block_size] * p.block_size + token % p.block_size;
 }
 
-// A tile of K or V in shared memory: rows of head_dim elements, 16-byte chunks swizzled so that
-// eight rows of one column lie in different banks.
-template <int kHeadDim>
-__device__ __forceinline__ uint32_t TileOffset(int row, int chunk) {
-  const int swizzle = kHeadDim >= 64 ? row & 7 : (row / 2) & 3;
-  return static_cast<uint32_t>(row * kHeadDim * 2 + ((chunk ^ swizzle) << 4));
-}
+// A tile of K or V in shared memory, aligned to 1024 bytes: in parts of up to 64 dims, rows of
+// 16-byte chunks, swizzled so that eight rows of one column lie in different banks; as the copy
+// engine does it.
+template <int kDim>
+struct KvTile {
+  static constexpr int kHeadDim = kDim, kPartDims = kDim < 64 ? kDim : 64;
+  static constexpr int kPartBytes = kTileTokens * kPartDims * 2;
+  static constexpr int kParts = kDim / kPartDims, kBytes = kParts * kPartBytes;
+  __device__ __forceinline__ static uint32_t Offset(int row, int chunk) {
+    constexpr int kChunks = kPartDims / 8;
+    const int swizzle = kChunks == 8 ? row & 7 : (row / 2) & 3;
+    return static_cast<uint32_t>(chunk / kChunks * kPartBytes + row * kPartDims * 2 +
+                                 ((chunk % kChunks ^ swizzle) << 4));
+  }
+};
 
 // Begins the copy of one tile by the whole block. rows: cache rows of the tile's tokens.
-template <typename T, int kHeadDim>
+template <typename T, typename Tile>
 __device__ __forceinline__ void CopyTile(uint32_t tile, const void* cache, int64_t stride,
                                          int64_t first_col, const int* rows) {
-  constexpr int kChunks = kHeadDim / 8;
+  constexpr int kChunks = Tile::kHeadDim / 8;
   const int chunk = static_cast<int>(threadIdx.x) % kChunks;
   const T* base = static_cast<const T*>(cache) + first_col + chunk * 8;
 #pragma unroll 8
   for (int row = static_cast<int>(threadIdx.x) / kChunks; row < kTileTokens;
        row += kAttentionThreads / kChunks) {
     const int from = rows[row];
-    CopyAsync16(tile + TileOffset<kHeadDim>(row, chunk), base + (from < 0 ? 0 : from * stride),
-                from >= 0);
+    CopyAsync16(tile + Tile::Offset(row, chunk), base + (from < 0 ? 0 : from * stride), from >= 0);
   }
 }
 
@@ -91,8 +101,8 @@ __device__ __forceinline__ void LoadQueries(const T* row0, const T* row1, int t,
 }
 
 // scores[n] = q k^T for tokens first_token + 8 n .. + 7 of the tile.
-template <typename T, int kHeadDim, int kTiles>
-__device__ __forceinline__ void Scores(const uint32_t (&q)[kHeadDim / 16][4], uint32_t k_tile,
+template <typename T, typename Tile, int kTiles>
+__device__ __forceinline__ void Scores(const uint32_t (&q)[Tile::kHeadDim / 16][4], uint32_t k_tile,
                                        int first_token, int lane, float (&scores)[kTiles][4]) {
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) scores[n][0] = scores[n][1] = scores[n][2] = scores[n][3] = 0;
@@ -100,9 +110,9 @@ __device__ __forceinline__ void Scores(const uint32_t (&q)[kHeadDim / 16][4], ui
 #pragma unroll
   for (int n = 0; n < kTiles; n += 2) {
 #pragma unroll
-    for (int step = 0; step < kHeadDim / 16; ++step) {
+    for (int step = 0; step < Tile::kHeadDim / 16; ++step) {
       uint32_t b[4];
-      LoadMatrices(k_tile + TileOffset<kHeadDim>(row + n * 8, 2 * step + chunk), b);
+      LoadMatrices(k_tile + Tile::Offset(row + n * 8, 2 * step + chunk), b);
       Mma<T>(scores[n], q[step], b[0], b[1]);
       Mma<T>(scores[n + 1], q[step], b[2], b[3]);
     }
@@ -150,7 +160,7 @@ __device__ __forceinline__ float SumOfRuns(float a, float b, float c, float d) {
 }
 
 // values[n] = weights v for dims first_chunk * 8 + 8 n .. + 7; weights as A fragments of 16 tokens.
-template <typename T, int kHeadDim, int kTiles>
+template <typename T, typename Tile, int kTiles>
 __device__ __forceinline__ void WeightedValues(const uint32_t (&weights)[kTileTokens / 16][4],
                                                uint32_t v_tile, int first_chunk, int lane,
                                                float (&values)[kTiles][4]) {
@@ -162,7 +172,7 @@ __device__ __forceinline__ void WeightedValues(const uint32_t (&weights)[kTileTo
 #pragma unroll
     for (int n = 0; n < kTiles; n += 2) {
       uint32_t b[4];
-      LoadMatricesTransposed(v_tile + TileOffset<kHeadDim>(step * 16 + row, chunk + n), b);
+      LoadMatricesTransposed(v_tile + Tile::Offset(step * 16 + row, chunk + n), b);
       Mma<T>(values[n], weights[step], b[0], b[1]);
       Mma<T>(values[n + 1], weights[step], b[2], b[3]);
     }

@@ -1,6 +1,13 @@
+// Attention of sequences with one query each: a block for a sequence, a kv head and a share of the
+// tiles, whose results meet in the block's registers, in its cluster's shared memory, or in
+// scratch.
 #include <algorithm>
+#include <cstdint>
+#include <utility>
 
 #include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/attention_tiles.cuh"
+#include "kernels/cuda/driver.h"
 #include "kernels/cuda/ops.h"
 
 namespace mobi::cuda {
@@ -11,45 +18,22 @@ constexpr int kWeightStride =
 constexpr int kMaxClusterBlocks = 8;
 constexpr int kBlocksPerSm = 3;
 
+// Where a block keeps the results of its tiles for its cluster, behind K, V and the weights:
+// [tile of the block][head of the group][head_dim], then their (maximum, sum).
 template <int kHeadDim>
-constexpr size_t SharedBytes() {
-  return 2 * kTileTokens * kHeadDim * 2 + kRowsPerWarp * kWeightStride * 2;
-}
+struct KeptTiles {
+  static constexpr int kBegin = 2 * KvTile<kHeadDim>::kBytes + kRowsPerWarp * kWeightStride * 2;
 
-// Merges the tiles of the group's heads in order and writes their output. This block does the
-// `part`-th of `parts` equal shares of the values.
-template <typename T, int kHeadDim>
-__device__ __forceinline__ void MergeTiles(const AttentionParams& p, int64_t first_head, int tiles,
-                                           int part, int parts, T* out) {
-  constexpr int kAhead = 8;
-  const int values = p.group * kHeadDim, share = (values + parts - 1) / parts;
-  const int end = min((part + 1) * share, values);
-  for (int i = part * share + static_cast<int>(threadIdx.x); i < end; i += kAttentionThreads) {
-    const int64_t base = (first_head + i / kHeadDim) * p.max_tiles;
-    const float2* stats = p.partial_stats + base;
-    const float* partial = p.partial + base * kHeadDim + i % kHeadDim;
-    RowState row;
-    float value = 0;
-    for (int first = 0; first < tiles; first += kAhead) {
-      float2 stat[kAhead];
-      float of_tile[kAhead];
-#pragma unroll
-      for (int a = 0; a < kAhead; ++a) {
-        const int tile = min(first + a, tiles - 1);
-        stat[a] = __ldcg(stats + tile);
-        of_tile[a] = __ldcg(partial + int64_t{tile} * kHeadDim);
-      }
-#pragma unroll
-      for (int a = 0; a < kAhead; ++a) {
-        if (first + a >= tiles) break;
-        float keep, take;
-        row.Merge(stat[a].x, stat[a].y, &keep, &take);
-        value = MergeValue(value, of_tile[a], keep, take);
-      }
-    }
-    out[i] = FromFloat<T>(__fmul_rn(value, row.Normalizer()));
+  int tiles, group;
+
+  __host__ __device__ constexpr int Values(int tile, int head) const {
+    return kBegin + (tile * group + head) * kHeadDim * static_cast<int>(sizeof(float));
   }
-}
+  __host__ __device__ constexpr int Stats(int tile, int head) const {
+    return Values(tiles, 0) + (tile * group + head) * static_cast<int>(sizeof(float2));
+  }
+  constexpr int Bytes() const { return Stats(tiles, 0); }
+};
 
 // Rotates the query rows in their fragments: columns d and d + head_dim / 2 of a row are the same
 // lane's, half the steps apart.
@@ -108,10 +92,14 @@ struct OwnToken {
   __device__ __forceinline__ void Load(const AttentionParams& p, int query, int kv_head) {
     const T* at = static_cast<const T*>(p.q) + query * p.q_stride +
                   (int64_t{p.num_kv_heads} * p.group + kv_head) * kHeadDim + Dim();
-    const float2 turned = Rotate(ToFloat(at[0]), ToFloat(at[kHeadDim / 2]), cos, sin);
-    k[0] = FromFloat<T>(turned.x), k[1] = FromFloat<T>(turned.y);
+    k[0] = at[0], k[1] = at[kHeadDim / 2];
     at += int64_t{p.num_kv_heads} * kHeadDim;
     v[0] = at[0], v[1] = at[kHeadDim / 2];
+  }
+
+  __device__ __forceinline__ void Turn() {
+    const float2 turned = Rotate(ToFloat(k[0]), ToFloat(k[1]), cos, sin);
+    k[0] = FromFloat<T>(turned.x), k[1] = FromFloat<T>(turned.y);
   }
 
   // Both halves of a row in shared memory, and the cache.
@@ -121,178 +109,398 @@ struct OwnToken {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int col = Dim() + i * kHeadDim / 2;
-      *reinterpret_cast<T*>(tile + TileOffset<kHeadDim>(row, col / 8) + col % 8 * 2) = values[i];
+      *reinterpret_cast<T*>(tile + KvTile<kHeadDim>::Offset(row, col / 8) + col % 8 * 2) =
+          values[i];
       cached[col] = values[i];
     }
   }
 };
 
+template <int kHeadDim>
+inline constexpr int kWarpDimTiles = kHeadDim >= 64 ? kHeadDim / 8 / kAttentionWarps : 2;
+
 // A block takes tiles blockIdx.x, + gridDim.x, ... of one sequence and kv head; the rows of its mma
 // are the group's heads. Warps share a tile: 32 tokens each for the scores, a part of the dims each
-// for the values. The blocks of one sequence and kv head are a cluster and merge together, or,
-// without clusters, the last of them to arrive merges. Where the step's own token comes with q, the
-// cache holds what earlier steps wrote, and tiles are asked for before the previous kernel has
-// ended: what a step uploads was there before its first kernel began.
-template <typename T, int kHeadDim, bool kClusters>
-__global__ void __launch_bounds__(kAttentionThreads)
-    DecodeAttentionKernel(const __grid_constant__ AttentionParams p) {
-  constexpr int kDimTiles = kHeadDim >= 64 ? kHeadDim / 8 / kAttentionWarps : 2;
-  constexpr int kTileBytes = kTileTokens * kHeadDim * 2;
-  extern __shared__ __align__(128) uint8_t shared[];
-  __shared__ float maxima[kAttentionWarps][kRowsPerWarp], sums[kAttentionWarps][kRowsPerWarp];
-  __shared__ int rows[2][kTileTokens];
-  __shared__ int flag;
-  T* weights = reinterpret_cast<T*>(shared + 2 * kTileBytes);
-  const uint32_t k_tile = SharedAddress(shared), v_tile = k_tile + kTileBytes;
-  const int tid = static_cast<int>(threadIdx.x), warp = tid / 32, lane = tid % 32;
-  const int g = lane / 4, t = lane % 4;
-  AllowNext();
-  const bool with_rope = p.rope.cos != nullptr;
-  if (!with_rope) WaitForPrevious();
-  const int seq = p.first_seq + static_cast<int>(blockIdx.z);
-  const int kv_head = static_cast<int>(blockIdx.y);
-  const int32_t* blocks = p.block_table + int64_t{seq} * p.block_table_stride;
-  int tile = static_cast<int>(blockIdx.x);
-  // Read before it is known whether the sequence is that long, to save a round trip.
-  const int own = tile * kTileTokens + tid;
-  const int own_block = own / p.block_size < p.block_table_stride ? blocks[own / p.block_size] : 0;
-  const int query = p.query_start[seq];
-  const int queries = p.query_start[seq + 1] - query;
-  const int context = p.context_len[seq];
-  if (queries != 1) {
-    WaitForPrevious();  // a kernel that ends tells the next that all before it have ended
-    return;
-  }
-  const int tiles = (context + kTileTokens - 1) / kTileTokens;
-  const int64_t kv_col = int64_t{kv_head} * kHeadDim;
-  const int64_t first_head = (int64_t{blockIdx.z} * p.num_kv_heads + kv_head) * p.group;
+// for the values. Results are merged in the order of tiles: where one block has them all, as they
+// come; else by the blocks of a cluster together, or, without clusters, by the last to arrive.
+// Where the step's own token comes with q, the cache holds what earlier steps wrote, and tiles are
+// asked for before the previous kernel has ended: what a step uploads was there before its first
+// kernel began.
+template <typename T, int kHeadDim>
+struct DecodeAttention {
+  using Tile = KvTile<kHeadDim>;
+  static constexpr int kDimTiles = kWarpDimTiles<kHeadDim>;
+  using Values = float[kDimTiles][4];
 
+  struct Shared {
+    float maxima[kAttentionWarps][kRowsPerWarp], sums[kAttentionWarps][kRowsPerWarp];
+    typename TileCopies<T, kHeadDim>::Shared copies;
+    int flag;
+  };
+
+  // Of this lane's two rows.
+  struct Stats {
+    float maximum[2], sum[2];
+  };
+
+  const AttentionParams& p;
+  Shared& s;
+  uint8_t* shared;
+  int warp, lane, g, t;
+  int seq, kv_head, query = 0, context = 0, tiles = 0;
+  int64_t first_head;
+  TileCopies<T, kHeadDim> copies;
   uint32_t q[kHeadDim / 16][4];
-  QueryAngles<T, kHeadDim> angles;
   OwnToken<T, kHeadDim> own_token;
-  int own_slot = -1;
-  if (with_rope && tile < tiles) {
-    const int64_t at = p.rope.positions[query] * p.rope.table_stride;
-    angles.Load(p.rope, at, t);
-    own_token.LoadAngles(p.rope, at);
-    own_slot = p.rope.slots[query];
+  int own_slot = -1;  // of the cache, where the block's last tile has the step's own token
+
+  __device__ __forceinline__ DecodeAttention(const AttentionParams& p, const CacheMaps& maps,
+                                             uint8_t* shared, Shared& s)
+      : p(p),
+        s(s),
+        shared(shared),
+        copies{p, maps, s.copies,
+               p.block_table +
+                   int64_t{p.first_seq + static_cast<int>(blockIdx.z)} * p.block_table_stride} {
+    warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+    g = lane / 4, t = lane % 4;
+    seq = p.first_seq + static_cast<int>(blockIdx.z), kv_head = static_cast<int>(blockIdx.y);
+    first_head = (int64_t{blockIdx.z} * p.num_kv_heads + kv_head) * p.group;
+    copies.k_tile = SharedAddress(shared), copies.v_tile = copies.k_tile + Tile::kBytes;
+    copies.first_col = kv_head * kHeadDim;
   }
-  if (tile < tiles) {
-    rows[0][tid] = own < context ? own_block * p.block_size + own % p.block_size : -1;
-    __syncthreads();
-    CopyTile<T, kHeadDim>(k_tile, p.k, p.k_stride, kv_col, rows[0]);
-    CommitCopies();
-    CopyTile<T, kHeadDim>(v_tile, p.v, p.v_stride, kv_col, rows[0]);
-    CommitCopies();
+
+  __device__ __forceinline__ T* Weights() const {
+    return reinterpret_cast<T*>(shared + 2 * Tile::kBytes);
   }
-  if (with_rope) WaitForPrevious();
-  if (tile < tiles) {
-    const T* head = static_cast<const T*>(p.q) + query * p.q_stride +
-                    (int64_t{kv_head} * p.group + g) * kHeadDim;
-    LoadQueries<T, kHeadDim>(g < p.group ? head : nullptr,
-                             g + 8 < p.group ? head + 8 * kHeadDim : nullptr, t, q);
-    if (with_rope) {
-      own_token.Load(p, query, kv_head);
+  __device__ __forceinline__ bool HasDims() const { return warp * kDimTiles * 8 < kHeadDim; }
+
+  // The first tile is under way and q is here; false: the sequence is not this kernel's. What q
+  // needs is asked for before V, behind which it would wait.
+  __device__ __forceinline__ bool Begin() {
+    const bool with_rope = p.rope.cos != nullptr;
+    const int tile = static_cast<int>(blockIdx.x);
+    copies.Begin();
+    if (!with_rope) WaitForPrevious();
+    copies.Look(tile);
+    query = p.query_start[seq];
+    const int queries = p.query_start[seq + 1] - query;
+    context = p.context_len[seq];
+    // With rope every sequence has one token, and so its number.
+    const int64_t position = with_rope ? p.rope.positions[seq] : 0;
+    const int slot = with_rope ? p.rope.slots[seq] : -1;
+    if (queries != 1) {
+      WaitForPrevious();  // a kernel that ends tells the next that all before it have ended
+      return false;
+    }
+    tiles = (context + kTileTokens - 1) / kTileTokens;
+    copies.SetCount(tile, context);
+    QueryAngles<T, kHeadDim> angles;
+    if (with_rope && tile < tiles) {
+      angles.Load(p.rope, position * p.rope.table_stride, t);
+      own_token.LoadAngles(p.rope, position * p.rope.table_stride);
+    }
+    copies.AskK();
+    if (with_rope) WaitForPrevious();
+    if (tile < tiles) {
+      const T* head = static_cast<const T*>(p.q) + query * p.q_stride +
+                      (int64_t{kv_head} * p.group + g) * kHeadDim;
+      LoadQueries<T, kHeadDim>(g < p.group ? head : nullptr,
+                               g + 8 < p.group ? head + 8 * kHeadDim : nullptr, t, q);
+      if (with_rope) own_token.Load(p, query, kv_head);
+    }
+    copies.AskV();
+    if (with_rope && tile < tiles) {
+      own_slot = slot;
+      own_token.Turn();
       angles.Turn(q);
     }
+    return true;
   }
-  for (int buffer = 0; tile < tiles; tile += static_cast<int>(gridDim.x), buffer ^= 1) {
-    const int next = tile + static_cast<int>(gridDim.x);
-    const int own_row = (context - 1) % kTileTokens;
-    const bool owns = tile == tiles - 1 && own_slot >= 0;
-    if (next < tiles) {
-      rows[buffer ^ 1][tid] = CacheRow(p, blocks, next * kTileTokens + tid, context);
-    }
-    WaitCopies<1>();
-    __syncthreads();  // K is here
-    if (owns) {
-      own_token.Put(shared, own_row, own_token.k,
-                    static_cast<T*>(const_cast<void*>(p.k)) + own_slot * p.k_stride + kv_col);
-      __syncthreads();
-    }
+
+  __device__ __forceinline__ bool Owns(int tile) const {
+    return tile == tiles - 1 && own_slot >= 0;
+  }
+
+  // The step's own token where the copies brought older bytes.
+  __device__ __forceinline__ void PutOwn(uint8_t* tile, const T (&values)[2], const void* cache,
+                                         int64_t stride) const {
+    T* const cached =
+        static_cast<T*>(const_cast<void*>(cache)) + own_slot * stride + int64_t{kv_head} * kHeadDim;
+    own_token.Put(tile, (context - 1) % kTileTokens, values, cached);
+    __syncthreads();
+  }
+
+  // This warp's scores of a tile become weights in shared memory; K is asked for anew.
+  __device__ __forceinline__ void MultiplyK(int tile, float (&maximum)[2]) {
+    copies.AwaitK();
+    if (Owns(tile)) PutOwn(shared, own_token.k, p.k, p.k_stride);
     float scores[4][4];
-    Scores<T, kHeadDim, 4>(q, k_tile, 32 * warp, lane, scores);
+    Scores<T, Tile, 4>(q, copies.k_tile, 32 * warp, lane, scores);
     MaskScores<4>(tile * kTileTokens + 32 * warp + 2 * t, context - 1, context - 1, scores);
-    float maximum0 = -INFINITY, maximum1 = -INFINITY;
+    maximum[0] = maximum[1] = -INFINITY;
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
-      maximum0 = fmaxf(maximum0, fmaxf(scores[n][0], scores[n][1]));
-      maximum1 = fmaxf(maximum1, fmaxf(scores[n][2], scores[n][3]));
+      maximum[0] = fmaxf(maximum[0], fmaxf(scores[n][0], scores[n][1]));
+      maximum[1] = fmaxf(maximum[1], fmaxf(scores[n][2], scores[n][3]));
     }
-    maximum0 = QuadMax(maximum0), maximum1 = QuadMax(maximum1);
-    if (t == 0) maxima[warp][g] = maximum0, maxima[warp][g + 8] = maximum1;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      maximum[i] = QuadMax(maximum[i]);
+      if (t == 0) s.maxima[warp][g + 8 * i] = maximum[i];
+    }
     __syncthreads();  // the maxima are here, K is free
-    if (next < tiles) {
-      CopyTile<T, kHeadDim>(k_tile, p.k, p.k_stride, kv_col, rows[buffer ^ 1]);
-    }
-    CommitCopies();
+    copies.AskK();
 #pragma unroll
-    for (int w = 0; w < kAttentionWarps; ++w) {
-      maximum0 = fmaxf(maximum0, maxima[w][g]);
-      maximum1 = fmaxf(maximum1, maxima[w][g + 8]);
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int w = 0; w < kAttentionWarps; ++w) {
+        maximum[i] = fmaxf(maximum[i], s.maxima[w][g + 8 * i]);
+      }
+      maximum[i] = __fmul_rn(maximum[i], p.scale_log2);
     }
-    maximum0 = __fmul_rn(maximum0, p.scale_log2), maximum1 = __fmul_rn(maximum1, p.scale_log2);
     float run[1][2];
-    Weights<4>(p.scale_log2, maximum0, maximum1, scores, run);
-    const float sum0 = QuadSum(run[0][0]), sum1 = QuadSum(run[0][1]);
-    if (t == 0) sums[warp][g] = sum0, sums[warp][g + 8] = sum1;
+    cuda::Weights<4>(p.scale_log2, maximum[0], maximum[1], scores, run);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float sum = QuadSum(run[0][i]);
+      if (t == 0) s.sums[warp][g + 8 * i] = sum;
+    }
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
-      T* at = weights + g * kWeightStride + 32 * warp + 8 * n + 2 * t;
+      T* const at = Weights() + g * kWeightStride + 32 * warp + 8 * n + 2 * t;
       *reinterpret_cast<uint32_t*>(at) = Pack<T>(scores[n][0], scores[n][1]);
       *reinterpret_cast<uint32_t*>(at + 8 * kWeightStride) = Pack<T>(scores[n][2], scores[n][3]);
     }
-    WaitCopies<1>();
-    __syncthreads();  // V, the weights and the sums are here
-    if (owns) {
-      own_token.Put(shared + kTileBytes, own_row, own_token.v,
-                    static_cast<T*>(const_cast<void*>(p.v)) + own_slot * p.v_stride + kv_col);
-      __syncthreads();
-    }
+  }
+
+  // This warp's dims of the tile's values, and the sums of its weights; V is asked for anew.
+  __device__ __forceinline__ void MultiplyV(int tile, Values& values, float (&sum)[2]) {
+    copies.AwaitV();  // and the weights and the sums
+    if (Owns(tile)) PutOwn(shared + Tile::kBytes, own_token.v, p.v, p.v_stride);
     uint32_t a[kTileTokens / 16][4];
-    LoadQueries<T, kTileTokens>(weights + g * kWeightStride, weights + (g + 8) * kWeightStride, t,
-                                a);
-    float values[kDimTiles][4];
-    const bool has_dims = warp * kDimTiles * 8 < kHeadDim;
-    if (has_dims) {
-      WeightedValues<T, kHeadDim, kDimTiles>(a, v_tile, warp * kDimTiles, lane, values);
+    const T* const weights = Weights() + g * kWeightStride;
+    LoadQueries<T, kTileTokens>(weights, weights + 8 * kWeightStride, t, a);
+    if (HasDims()) {
+      WeightedValues<T, Tile, kDimTiles>(a, copies.v_tile, warp * kDimTiles, lane, values);
     }
-    float tile_sum[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = g + 8 * i;
-      tile_sum[i] = SumOfRuns(sums[0][row], sums[1][row], sums[2][row], sums[3][row]);
+      sum[i] = SumOfRuns(s.sums[0][row], s.sums[1][row], s.sums[2][row], s.sums[3][row]);
     }
     __syncthreads();  // V, the weights and the sums are free
-    if (next < tiles) {
-      CopyTile<T, kHeadDim>(v_tile, p.v, p.v_stride, kv_col, rows[buffer ^ 1]);
+    copies.AskV();
+  }
+
+  // take(tile, values, stats): for each of the block's tiles.
+  template <typename Take>
+  __device__ __forceinline__ void ForTiles(const Take& take) {
+    const int step = static_cast<int>(gridDim.x);
+    for (int tile = static_cast<int>(blockIdx.x); tile < tiles; tile += step) {
+      copies.Look(tile + step);
+      copies.SetCount(tile + step, context);
+      Values values;
+      Stats stats;
+      MultiplyK(tile, stats.maximum);
+      MultiplyV(tile, values, stats.sum);
+      take(tile, values, stats);
     }
-    CommitCopies();
+  }
+
+  // The output's row of this lane's i-th head, at this warp's dims.
+  __device__ __forceinline__ T* Out() const {
+    return static_cast<T*>(p.out) + query * p.out_stride + int64_t{kv_head} * p.group * kHeadDim;
+  }
+
+  // One block has all tiles.
+  __device__ __forceinline__ void RunAlone() {
+    RowState state[2];
+    Values merged = {};
+    ForTiles([&](int, const Values& values, const Stats& stats) {
+      float keep[2], take[2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (g + 8 * i >= p.group || !has_dims) continue;
-      const int64_t at = (first_head + g + 8 * i) * p.max_tiles + tile;
-      float* to = p.partial + at * kHeadDim + warp * kDimTiles * 8 + 2 * t;
+      for (int i = 0; i < 2; ++i) {
+        state[i].Merge(stats.maximum[i], stats.sum[i], &keep[i], &take[i]);
+      }
 #pragma unroll
       for (int n = 0; n < kDimTiles; ++n) {
-        *reinterpret_cast<float2*>(to + 8 * n) =
-            make_float2(values[n][2 * i], values[n][2 * i + 1]);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          merged[n][e] = MergeValue(merged[n][e], values[n][e], keep[e / 2], take[e / 2]);
+        }
       }
-      if (warp == 0 && t == 0) {
-        p.partial_stats[at] = make_float2(i == 0 ? maximum0 : maximum1, tile_sum[i]);
+    });
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (g + 8 * i >= p.group || !HasDims()) continue;
+      const float normalizer = state[i].Normalizer();
+      T* const to = Out() + (g + 8 * i) * kHeadDim + warp * kDimTiles * 8 + 2 * t;
+#pragma unroll
+      for (int n = 0; n < kDimTiles; ++n) {
+        *reinterpret_cast<uint32_t*>(to + 8 * n) = Pack<T>(
+            __fmul_rn(merged[n][2 * i], normalizer), __fmul_rn(merged[n][2 * i + 1], normalizer));
       }
     }
   }
-  int part = 0, parts = 1;
-  if constexpr (kClusters) {
-    part = static_cast<int>(blockIdx.x), parts = static_cast<int>(gridDim.x);
-    ClusterSync();
-  } else {
-    uint32_t* counter = p.counters + blockIdx.z * p.num_kv_heads + kv_head;
-    if (!ArriveLast(counter, gridDim.x, &flag)) return;
+
+  // Leaves a tile's results: at(head) -> where its dims begin, and its stats.
+  template <typename At>
+  __device__ __forceinline__ void Leave(const Values& values, const Stats& stats,
+                                        const At& at) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (g + 8 * i >= p.group || !HasDims()) continue;
+      const auto [to, of_head] = at(g + 8 * i);
+#pragma unroll
+      for (int n = 0; n < kDimTiles; ++n) {
+        *reinterpret_cast<float2*>(to + warp * kDimTiles * 8 + 2 * t + 8 * n) =
+            make_float2(values[n][2 * i], values[n][2 * i + 1]);
+      }
+      if (warp == 0 && t == 0) *of_head = make_float2(stats.maximum[i], stats.sum[i]);
+    }
   }
-  T* out = static_cast<T*>(p.out) + query * p.out_stride + int64_t{kv_head} * p.group * kHeadDim;
-  MergeTiles<T, kHeadDim>(p, first_head, tiles, part, parts, out);
+
+  // Merges the group's heads over all tiles and writes their output; this block the `part`-th of
+  // `parts` equal shares. fetch(tile, head, dim, stat, value).
+  template <typename Fetch>
+  __device__ __forceinline__ void Merge(int part, int parts, const Fetch& fetch) const {
+    constexpr int kAhead = 4;
+    const int values = p.group * kHeadDim, share = (values + parts - 1) / parts;
+    const int end = min((part + 1) * share, values);
+    for (int i = part * share + static_cast<int>(threadIdx.x); i < end; i += kAttentionThreads) {
+      RowState row;
+      float value = 0;
+      for (int first = 0; first < tiles; first += kAhead) {
+        float2 stat[kAhead];
+        float of_tile[kAhead];
+#pragma unroll
+        for (int a = 0; a < kAhead; ++a) {
+          fetch(min(first + a, tiles - 1), i / kHeadDim, i % kHeadDim, &stat[a], &of_tile[a]);
+        }
+#pragma unroll
+        for (int a = 0; a < kAhead; ++a) {
+          if (first + a >= tiles) break;
+          float keep, take;
+          row.Merge(stat[a].x, stat[a].y, &keep, &take);
+          value = MergeValue(value, of_tile[a], keep, take);
+        }
+      }
+      Out()[i] = FromFloat<T>(__fmul_rn(value, row.Normalizer()));
+    }
+  }
+
+  // The cluster's blocks keep their tiles' results and read one another's.
+  __device__ __forceinline__ void RunInCluster() {
+    // Their number is a power of two.
+    const int log = __ffs(static_cast<int>(gridDim.x)) - 1, rank_mask = (1 << log) - 1;
+    const KeptTiles<kHeadDim> kept{(p.max_tiles + rank_mask) >> log, p.group};
+    ForTiles([&](int tile, const Values& values, const Stats& stats) {
+      Leave(values, stats, [&](int head) {
+        const int slot = tile >> log;
+        return std::pair(reinterpret_cast<float*>(shared + kept.Values(slot, head)),
+                         reinterpret_cast<float2*>(shared + kept.Stats(slot, head)));
+      });
+    });
+    ClusterSync();
+    const uint32_t base = SharedAddress(shared);
+    Merge(static_cast<int>(blockIdx.x), 1 << log,
+          [&](int tile, int head, int dim, float2* stat, float* value) {
+            const uint32_t of_rank = ptx::MapToRank(base, tile & rank_mask);
+            const int slot = tile >> log;
+            const uint32_t at = of_rank + kept.Stats(slot, head);
+            *stat = make_float2(ptx::LoadCluster(at), ptx::LoadCluster(at + 4));
+            *value = ptx::LoadCluster(of_rank + kept.Values(slot, head) +
+                                      dim * static_cast<int>(sizeof(float)));
+          });
+    ptx::ClusterArriveRelaxed();  // no block ends while another reads
+    ClusterWait();
+  }
+
+  // Results meet in memory.
+  template <bool kClusters>
+  __device__ __forceinline__ void RunInScratch() {
+    ForTiles([&](int tile, const Values& values, const Stats& stats) {
+      Leave(values, stats, [&](int head) {
+        const int64_t at = (first_head + head) * p.max_tiles + tile;
+        return std::pair(p.partial + at * kHeadDim, p.partial_stats + at);
+      });
+    });
+    int part = 0, parts = 1;
+    if constexpr (kClusters) {
+      part = static_cast<int>(blockIdx.x), parts = static_cast<int>(gridDim.x);
+      ClusterSync();
+    } else {
+      uint32_t* counter = p.counters + blockIdx.z * p.num_kv_heads + kv_head;
+      if (!ArriveLast(counter, gridDim.x, &s.flag)) return;
+    }
+    Merge(part, parts, [&](int tile, int head, int dim, float2* stat, float* value) {
+      const int64_t at = (first_head + head) * p.max_tiles + tile;
+      *stat = __ldcg(p.partial_stats + at);
+      *value = __ldcg(p.partial + at * kHeadDim + dim);
+    });
+  }
+};
+
+template <typename T, int kHeadDim, bool kClusters>
+__global__ void __launch_bounds__(kAttentionThreads, kBlocksPerSm)
+    DecodeAttentionKernel(const __grid_constant__ AttentionParams p,
+                          const __grid_constant__ CacheMaps maps) {
+  extern __shared__ __align__(1024) uint8_t shared[];
+  using Decode = DecodeAttention<T, kHeadDim>;
+  __shared__ typename Decode::Shared s;
+  AllowNext();
+  Decode self(p, maps, shared, s);
+  if (!self.Begin()) return;
+  if (gridDim.x == 1) {
+    self.RunAlone();
+  } else if (kClusters && p.partial == nullptr) {
+    self.RunInCluster();
+  } else {
+    self.template RunInScratch<kClusters>();
+  }
+}
+
+template <typename T, int kHeadDim>
+bool MakeMap(const AttentionParams& params, const void* cache, int64_t stride, CUtensorMap* map) {
+  using Tile = KvTile<kHeadDim>;
+  static const auto encode = [] {
+    decltype(&cuTensorMapEncodeTiled) found = nullptr;
+    FindInDriver("cuTensorMapEncodeTiled", 12000, found);
+    return found;
+  }();
+  if (encode == nullptr) return false;
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(params.num_kv_heads) * kHeadDim,
+                               static_cast<cuuint64_t>(params.cache_rows)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * sizeof(T)};
+  const cuuint32_t box[2] = {Tile::kPartDims, static_cast<cuuint32_t>(params.box_rows)};
+  const cuuint32_t steps[2] = {1, 1};
+  return encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, const_cast<void*>(cache), sizes, strides,
+                box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                Tile::kPartDims == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+                CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+// Blocks of one sequence and head: as many as run at once, if there are tiles for them.
+int BlocksOf(const LaunchContext& context, const AttentionParams& params, int seqs) {
+  const int wanted = std::clamp(kBlocksPerSm * context.num_sms / (seqs * params.num_kv_heads), 1,
+                                params.max_tiles);
+  if (!context.clusters) return wanted;
+  int blocks = 1;
+  while (2 * blocks <= std::min(wanted, kMaxClusterBlocks)) blocks *= 2;
+  return blocks;
+}
+
+// Shared memory of a block, if the tiles' results meet there; 0: too many tiles for all blocks to
+// run at once.
+template <int kHeadDim>
+size_t KeptBytes(const LaunchContext& context, const AttentionParams& params, int seqs,
+                 int blocks) {
+  constexpr int64_t kSmBytes = 224 * 1024, kBlockBytes = 2 * 1024;  // those it reserves, too
+  const KeptTiles<kHeadDim> kept{static_cast<int>(CeilDiv(params.max_tiles, blocks)), params.group};
+  const int64_t per_sm = CeilDiv(int64_t{blocks} * seqs * params.num_kv_heads, context.num_sms);
+  return per_sm * (kept.Bytes() + kBlockBytes) <= kSmBytes ? kept.Bytes() : 0;
 }
 
 }  // namespace
@@ -307,26 +515,29 @@ cudaError_t LaunchDecodeAttention(const LaunchContext& context, AttentionParams 
       std::min<int64_t>(context.num_counters / params.num_kv_heads,
                         static_cast<int64_t>(context.scratch_bytes / bytes_per_seq)));
   if (seqs_at_once < 1) return cudaErrorInvalidValue;
-  params.partial = reinterpret_cast<float*>(context.scratch);
   params.counters = context.counters;
+  CacheMaps maps{};
+  if (context.clusters && (!MakeMap<T, kHeadDim>(params, params.k, params.k_stride, &maps.k) ||
+                           !MakeMap<T, kHeadDim>(params, params.v, params.v_stride, &maps.v))) {
+    return cudaErrorInvalidValue;
+  }
   for (int first = 0; first < params.num_seqs; first += seqs_at_once) {
     const int seqs = std::min(seqs_at_once, params.num_seqs - first);
     params.first_seq = first;
+    params.partial = reinterpret_cast<float*>(context.scratch);
     params.partial_stats = reinterpret_cast<float2*>(params.partial + seqs * partials * kHeadDim);
-    // As many blocks as run at once, if there are tiles for them; each loops over its tiles.
-    const int wanted = std::clamp(kBlocksPerSm * context.num_sms / (seqs * params.num_kv_heads), 1,
-                                  params.max_tiles);
+    const int blocks = BlocksOf(context, params, seqs);
+    const dim3 grid(blocks, params.num_kv_heads, seqs);
+    size_t shared_bytes = KeptTiles<kHeadDim>::kBegin;
     cudaError_t error = cudaSuccess;
     if (context.clusters) {
-      uint32_t splits = 1;
-      while (2 * splits <= std::min<uint32_t>(wanted, kMaxClusterBlocks)) splits *= 2;
-      error = LaunchClusters(context, splits, DecodeAttentionKernel<T, kHeadDim, true>,
-                             dim3(splits, params.num_kv_heads, seqs), kAttentionThreads,
-                             SharedBytes<kHeadDim>(), params);
+      const size_t kept_bytes = blocks > 1 ? KeptBytes<kHeadDim>(context, params, seqs, blocks) : 0;
+      if (kept_bytes > 0) params.partial = nullptr, shared_bytes = kept_bytes;
+      error = LaunchClusters(context, blocks, DecodeAttentionKernel<T, kHeadDim, true>, grid,
+                             kAttentionThreads, shared_bytes, params, maps);
     } else {
-      error = Launch(context, DecodeAttentionKernel<T, kHeadDim, false>,
-                     dim3(wanted, params.num_kv_heads, seqs), kAttentionThreads,
-                     SharedBytes<kHeadDim>(), params);
+      error = Launch(context, DecodeAttentionKernel<T, kHeadDim, false>, grid, kAttentionThreads,
+                     shared_bytes, params, maps);
     }
     if (error != cudaSuccess) return error;
   }

@@ -6,11 +6,6 @@ namespace {
 
 constexpr int kRowsPerBlock = kAttentionWarps * kRowsPerWarp;
 
-template <int kHeadDim>
-constexpr size_t SharedBytes() {
-  return 2 * kTileTokens * kHeadDim * 2;
-}
-
 struct RowTile {
   int seq = -1;
   int first_row = 0;
@@ -50,10 +45,11 @@ __device__ __forceinline__ RowTile FindRowTile(const AttentionParams& p, int ind
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kAttentionThreads, 2)
     PrefillAttentionKernel(const __grid_constant__ AttentionParams p) {
+  using Tile = KvTile<kHeadDim>;
   constexpr int kTiles = kTileTokens / 8, kDimTiles = kHeadDim / 8;
-  extern __shared__ __align__(128) uint8_t shared[];
+  extern __shared__ __align__(1024) uint8_t shared[];
   __shared__ int cache_rows[2][kTileTokens];
-  const uint32_t k_tile = SharedAddress(shared), v_tile = k_tile + kTileTokens * kHeadDim * 2;
+  const uint32_t k_tile = SharedAddress(shared), v_tile = k_tile + Tile::kBytes;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int g = lane / 4, t = lane % 4, kv_head = static_cast<int>(blockIdx.y);
   AllowNext();
@@ -85,9 +81,9 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
   }
   cache_rows[0][threadIdx.x] = CacheRow(p, blocks, static_cast<int>(threadIdx.x), context);
   __syncthreads();
-  CopyTile<T, kHeadDim>(k_tile, p.k, p.k_stride, kv_col, cache_rows[0]);
+  CopyTile<T, Tile>(k_tile, p.k, p.k_stride, kv_col, cache_rows[0]);
   CommitCopies();
-  CopyTile<T, kHeadDim>(v_tile, p.v, p.v_stride, kv_col, cache_rows[0]);
+  CopyTile<T, Tile>(v_tile, p.v, p.v_stride, kv_col, cache_rows[0]);
   CommitCopies();
   uint32_t q[kHeadDim / 16][4];
   LoadQueries<T, kHeadDim>(query[0], query[1], t, q);
@@ -101,10 +97,10 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
     WaitCopies<1>();
     __syncthreads();  // K is here
     float scores[kTiles][4];
-    Scores<T, kHeadDim, kTiles>(q, k_tile, 0, lane, scores);
+    Scores<T, Tile, kTiles>(q, k_tile, 0, lane, scores);
     __syncthreads();  // K is free
     if (tile + 1 < tiles) {
-      CopyTile<T, kHeadDim>(k_tile, p.k, p.k_stride, kv_col, next_rows);
+      CopyTile<T, Tile>(k_tile, p.k, p.k_stride, kv_col, next_rows);
     }
     CommitCopies();
     if (tile * kTileTokens + kTileTokens - 1 > position[0]) {
@@ -138,10 +134,10 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
     WaitCopies<1>();
     __syncthreads();  // V is here
     float part[kDimTiles][4];
-    WeightedValues<T, kHeadDim, kDimTiles>(weights, v_tile, 0, lane, part);
+    WeightedValues<T, Tile, kDimTiles>(weights, v_tile, 0, lane, part);
     __syncthreads();  // V is free
     if (tile + 1 < tiles) {
-      CopyTile<T, kHeadDim>(v_tile, p.v, p.v_stride, kv_col, next_rows);
+      CopyTile<T, Tile>(v_tile, p.v, p.v_stride, kv_col, next_rows);
     }
     CommitCopies();
 #pragma unroll
@@ -173,7 +169,7 @@ cudaError_t LaunchPrefillAttention(const LaunchContext& context, const Attention
   const dim3 grid(CeilDiv(num_tokens * params.group, kRowsPerBlock) + params.num_seqs,
                   params.num_kv_heads);
   return Launch(context, PrefillAttentionKernel<T, kHeadDim>, grid, kAttentionThreads,
-                SharedBytes<kHeadDim>(), params);
+                2 * KvTile<kHeadDim>::kBytes, params);
 }
 
 #define MOBI_INSTANTIATE(T, kHeadDim)                                            \

@@ -109,7 +109,13 @@ __device__ __forceinline__ void Store8(T* p, int64_t valid, bool vector, const f
   }
 }
 
-__device__ __forceinline__ float Silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
+// x / (1 + e^-x), by approximations whose errors are a few of fp32's units; no denormals.
+__device__ __forceinline__ float Silu(float x) {
+  float power, inverse;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * -1.4426950408889634f));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1.0f + power));
+  return x * inverse;
+}
 
 // Turns (a, b), a head's elements d and d + head_dim / 2. Rounded the same in every kernel.
 __device__ __forceinline__ float2 Rotate(float a, float b, float cos, float sin) {

@@ -1,27 +1,14 @@
 #include <algorithm>
 
 #include "kernels/cuda/device_memory.h"
+#include "kernels/cuda/driver.h"
 
 namespace mobi::cuda {
 namespace {
 
-// The CUDA version that brought the functions, with the signatures that they have since.
-constexpr unsigned int kSince = 10020;
-
 template <typename Function>
 bool Find(const char* name, Function*& function) {
-  void* found = nullptr;
-  cudaDriverEntryPointQueryResult result;
-#if CUDART_VERSION >= 12050
-  const cudaError_t error =
-      cudaGetDriverEntryPointByVersion(name, &found, kSince, cudaEnableDefault, &result);
-#else
-  const cudaError_t error = cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &result);
-#endif
-  if (error != cudaSuccess) cudaGetLastError();  // reported here
-  if (error != cudaSuccess || result != cudaDriverEntryPointSuccess) return false;
-  function = reinterpret_cast<Function*>(found);
-  return true;
+  return FindInDriver(name, 10020, function);
 }
 
 // The driver's errors have the runtime's numbers.

@@ -1,7 +1,6 @@
 // Device memory that comes and goes behind addresses that stay: CUDA's virtual memory management.
-// The driver's functions are asked for at run time, so that a program links and starts without a
-// driver. One thread; the caller sees to it that nothing on the device uses what goes. Errors are
-// CUDA's own.
+// One thread; the caller sees to it that nothing on the device uses what goes. Errors are CUDA's
+// own.
 #ifndef MOBI_KERNELS_CUDA_DEVICE_MEMORY_H_
 #define MOBI_KERNELS_CUDA_DEVICE_MEMORY_H_
 

@@ -17,6 +17,8 @@ namespace mobi::cuda {
 inline constexpr int64_t kMaxNormColumns = 16384;
 inline constexpr int kMaxRouterHidden = 64;
 inline constexpr int kMaxFusedRouterHidden = 32;
+// Up to how many tokens the router has a cluster for every eight; beyond, fewer read W1 for more.
+inline constexpr int kFewRoutedTokens = 128;
 
 // out[i] = table[ids[i]], any float types. Embed and GatherRows.
 cudaError_t LaunchGather(const LaunchContext& context, Tensor table, const int32_t* ids,
@@ -59,6 +61,7 @@ struct RouteSource {
 // True if LaunchRoute can take this source other than kPlain, and leave images of x.
 bool CanFuseRoute(const LaunchContext& context, const RouteSource& source, Tensor x,
                   const RoutedWeight& linear);
+// images: of up to kFewRoutedTokens tokens, and such sources.
 cudaError_t LaunchRoute(const LaunchContext& context, const RouteSource& source, Tensor x,
                         const RoutedWeight& linear, const RoutingBatch& batch, uint8_t* levels,
                         int64_t levels_stride, const BatchImages& images = {});

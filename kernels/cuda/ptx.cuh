@@ -270,6 +270,24 @@ __device__ __forceinline__ void BulkCopy(uint32_t shared, const void* global, ui
 #endif
 }
 
+// A box of a matrix, which `map` (a CUtensorMap) describes; the first column and row.
+__device__ __forceinline__ void BoxCopy(uint32_t shared, const void* map, int col, int row,
+                                        uint32_t barrier) {
+#if MOBI_SM90
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3}], [%4];" ::"r"(shared),
+      "l"(map), "r"(col), "r"(row), "r"(barrier)
+      : "memory");
+#endif
+}
+
+__device__ __forceinline__ void PrefetchMap(const void* map) {
+#if MOBI_SM90
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+#endif
+}
+
 __device__ __forceinline__ void BulkPrefetch(const void* global, uint32_t bytes) {
 #if MOBI_SM90
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");

@@ -25,36 +25,47 @@ __device__ __forceinline__ void PrefetchL2(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
-// This lane's part of W1: columns first_col + turn * kColsPerTurn .. + 7 of rows g, g + 8, ...
-// The first kHeldTurns turns stay in registers, the others come to L2 ahead of time.
-template <int kHiddenTiles>
+// This lane's part of W1 for a few turns: columns first_col + turn * kColsPerTurn .. + 7 of rows g,
+// g + 8, ...
+template <int kHiddenTiles, int kTurns>
 struct RouterWeights {
-  static constexpr int kHeldTurns = kHiddenTiles <= 2 ? 4 : 2;
-  uint4 held[kHeldTurns][kHiddenTiles][2];
+  static constexpr int kRows = 2 * kHiddenTiles;
+  uint4 held[kTurns][kHiddenTiles][2];
+  const half* rows[kRows];  // at first_col; null: there is no such row
+  int first_col, cols;
 
-  __device__ __forceinline__ static const half* At(const RouteParams& p, int row, int col) {
-    return row < p.num_hidden && col < p.cols ? p.w1 + row * p.w1_stride + col : nullptr;
-  }
-
-  __device__ __forceinline__ static uint4 Load(const half* at) {
-    return at != nullptr ? *reinterpret_cast<const uint4*>(at) : make_uint4(0, 0, 0, 0);
-  }
-
-  __device__ __forceinline__ void Fetch(const RouteParams& p, int first_col, int turns) {
+  __device__ __forceinline__ RouterWeights(const RouteParams& p, int first_col)
+      : first_col(first_col), cols(p.cols) {
     const int g = static_cast<int>(threadIdx.x) % 32 / 4;
+    const half* row = p.w1 + g * p.w1_stride + first_col;
 #pragma unroll
-    for (int turn = 0; turn < kHeldTurns; ++turn) {
-      const int col = turn < turns ? first_col + turn * kColsPerTurn : p.cols;
+    for (int r = 0; r < kRows; ++r, row += 8 * p.w1_stride) {
+      rows[r] = 8 * r + g < p.num_hidden ? row : nullptr;
+    }
+  }
+
+  // Of turns first .. first + kTurns - 1 below `turns`.
+  __device__ __forceinline__ void Fetch(int first, int turns) {
 #pragma unroll
-      for (int r = 0; r < 2 * kHiddenTiles; ++r) {
-        held[turn][r / 2][r % 2] = Load(At(p, 8 * r + g, col));
+    for (int i = 0; i < kTurns; ++i) {
+      const int at = (first + i) * kColsPerTurn;
+      const bool there = first + i < turns && first_col + at < cols;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        held[i][r / 2][r % 2] = there && rows[r] != nullptr
+                                    ? *reinterpret_cast<const uint4*>(rows[r] + at)
+                                    : make_uint4(0, 0, 0, 0);
       }
     }
-    for (int turn = kHeldTurns; turn < turns; ++turn) {
+  }
+
+  // Those after the first kTurns come to L2 ahead of time.
+  __device__ __forceinline__ void Prefetch(int turns) const {
+    for (int turn = kTurns; turn < turns; ++turn) {
+      const int at = turn * kColsPerTurn;
 #pragma unroll
-      for (int r = 0; r < 2 * kHiddenTiles; ++r) {
-        const half* at = At(p, 8 * r + g, first_col + turn * kColsPerTurn);
-        if (at != nullptr) PrefetchL2(at);
+      for (int r = 0; r < kRows; ++r) {
+        if (rows[r] != nullptr && first_col + at < cols) PrefetchL2(rows[r] + at);
       }
     }
   }
@@ -130,27 +141,46 @@ struct RouteColumns {
   }
 };
 
-// Elements col .. col + 7 of a token's x from those of its source (kNorm) or by reading them; x is
-// written unless it is there. norm: their weights.
+// A token's rows at this lane's first column.
+template <typename T>
+struct TokenRows {
+  T* x;
+  T* source;
+  const T* delta;
+
+  __device__ __forceinline__ TokenRows(const RouteParams& p, int64_t token, int first_col)
+      : x(static_cast<T*>(p.x) + token * p.x_stride + first_col),
+        source(static_cast<T*>(p.source) + token * p.source_stride + first_col),
+        delta(static_cast<const T*>(p.delta) + token * p.delta_stride + first_col) {}
+};
+
+// What eight elements of x are made of: themselves, the residual's, or those of gate and up.
+struct RawElements {
+  uint4 first, second;
+};
+
+// at: from the lane's first column.
 template <typename T, RouteInput kInput>
-__device__ __forceinline__ void MakeInput(const RouteParams& p, int64_t token, int col,
-                                          const uint4& residual, const float* norm, float scale,
-                                          float (&v)[8]) {
-  T* x = static_cast<T*>(p.x) + token * p.x_stride + col;
-  if constexpr (kInput == RouteInput::kPlain) {
-    Load8(x, 8, true, v);
-    return;
-  }
+__device__ __forceinline__ RawElements LoadRaw(const TokenRows<T>& rows, int at, int cols) {
+  const auto load = [](const T* from) { return *reinterpret_cast<const uint4*>(from); };
+  if constexpr (kInput == RouteInput::kPlain) return {load(rows.x + at), {}};
+  if constexpr (kInput == RouteInput::kNorm) return {load(rows.source + at), {}};
+  return {load(rows.source + at), load(rows.source + at + cols)};
+}
+
+// The elements of x, which are written unless they are there. norm: their weights.
+template <typename T, RouteInput kInput>
+__device__ __forceinline__ void MakeInput(const RawElements& raw, const float* norm, float scale,
+                                          T* x, float (&v)[8]) {
+  UnpackElements<T>(raw.first, v);
+  if constexpr (kInput == RouteInput::kPlain) return;
   float other[8];
   if constexpr (kInput == RouteInput::kNorm) {
-    UnpackElements<T>(residual, v);
     Load8(norm, 8, true, other);
 #pragma unroll
     for (int i = 0; i < 8; ++i) v[i] *= scale * other[i];
   } else {
-    const T* gate = static_cast<const T*>(p.source) + token * p.source_stride + col;
-    Load8(gate, 8, true, v);
-    Load8(gate + p.cols, 8, true, other);
+    UnpackElements<T>(raw.second, other);
 #pragma unroll
     for (int i = 0; i < 8; ++i) v[i] = Silu(v[i]) * other[i];
   }
@@ -162,23 +192,23 @@ __device__ __forceinline__ void MakeInput(const RouteParams& p, int64_t token, i
 // residual += delta for this lane's elements of turns first .. first + kTurns - 1 below `turns`,
 // which it keeps; their squares are added.
 template <typename T, int kTurns>
-__device__ __forceinline__ void AddTurns(const RouteParams& p, int64_t token, int first_col,
-                                         int first, int turns, uint4 (&kept)[kTurns],
+__device__ __forceinline__ void AddTurns(const RouteParams& p, const TokenRows<T>& rows,
+                                         int first_col, int first, int turns, uint4 (&kept)[kTurns],
                                          float* squares) {
-  T* residual = static_cast<T*>(p.source) + token * p.source_stride;
-  const T* delta = static_cast<const T*>(p.delta) + token * p.delta_stride;
+  const auto is_there = [&](int i) {
+    return first + i < turns && first_col + (first + i) * kColsPerTurn < p.cols;
+  };
   uint4 more[kTurns];
 #pragma unroll
   for (int i = 0; i < kTurns; ++i) {
-    const int col = first_col + (first + i) * kColsPerTurn;
-    if (first + i >= turns || col >= p.cols) break;
-    kept[i] = *reinterpret_cast<const uint4*>(residual + col);
-    if (p.delta != nullptr) more[i] = *reinterpret_cast<const uint4*>(delta + col);
+    if (!is_there(i)) break;
+    const int at = (first + i) * kColsPerTurn;
+    kept[i] = *reinterpret_cast<const uint4*>(rows.source + at);
+    if (p.delta != nullptr) more[i] = *reinterpret_cast<const uint4*>(rows.delta + at);
   }
 #pragma unroll
   for (int i = 0; i < kTurns; ++i) {
-    const int col = first_col + (first + i) * kColsPerTurn;
-    if (first + i >= turns || col >= p.cols) break;
+    if (!is_there(i)) break;
     float v[8], add[8];
     UnpackElements<T>(kept[i], v);
     if (p.delta != nullptr) {
@@ -186,7 +216,7 @@ __device__ __forceinline__ void AddTurns(const RouteParams& p, int64_t token, in
 #pragma unroll
       for (int k = 0; k < 8; ++k) v[k] = ToFloat(FromFloat<T>(v[k] + add[k]));
       kept[i] = PackElements<T>(v);
-      *reinterpret_cast<uint4*>(residual + col) = kept[i];
+      *reinterpret_cast<uint4*>(rows.source + (first + i) * kColsPerTurn) = kept[i];
     }
 #pragma unroll
     for (int k = 0; k < 8; ++k) *squares = fmaf(v[k], v[k], *squares);
@@ -204,13 +234,13 @@ __device__ __forceinline__ void AddAndMeasure(const RouteParams& p, int first_to
   const int g = tid % 32 / 4, t = tid % 4;
 #pragma unroll
   for (int n = 0; n < kTokenTiles; ++n) {
-    const int64_t token = first_token + 8 * n + g;
     float squares = 0;
     if (8 * n + g < count) {
-      AddTurns<T>(p, token, first_col, 0, turns, kept, &squares);
+      const TokenRows<T> rows(p, first_token + 8 * n + g, first_col);
+      AddTurns<T>(p, rows, first_col, 0, turns, kept, &squares);
       for (int first = kTurns; first < turns; first += kTurns) {
         uint4 others[kTurns];
-        AddTurns<T>(p, token, first_col, first, turns, others, &squares);
+        AddTurns<T>(p, rows, first_col, first, turns, others, &squares);
       }
     }
     squares = QuadSum(squares);
@@ -236,31 +266,59 @@ __device__ __forceinline__ void AddAndMeasure(const RouteParams& p, int first_to
   }
 }
 
-// The block's columns of x, from its tile into the images.
-template <typename T, int kTokens>
+// The block's columns of x, from its tile into the images. Half a warp has a token's, every other
+// group.
+template <typename T>
 __device__ __forceinline__ void LeaveImages(const RouteParams& p, const BatchImages& images,
-                                            const RouteColumns<kTokens>& columns, int first_token,
-                                            int count, int first_group, int groups) {
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  groups = min(groups, p.cols / kGroupSize - first_group);
-  for (int first = 2 * warp; first < count * groups; first += 2 * kRouteWarps) {
-    const int item = first + lane / 16, token = item / groups, group = item % groups;
-    const bool there = item < count * groups;
-    uint4 elements = make_uint4(0, 0, 0, 0);
-    if (there) {
-      elements = *reinterpret_cast<const uint4*>(columns.tile + token * columns.tile_stride +
-                                                 group * kGroupSize * sizeof(T) + lane % 16 * 16);
-    }
-    LeaveImage<std::is_same_v<T, bfloat16>>(images, there, first_token + token, first_group + group,
-                                            elements);
+                                            const RouteColumns<8>& columns, int first_token,
+                                            int count, int turns) {
+  static_assert(kRouteThreads == 2 * 8 * 16 && kColsPerTurn == 2 * kGroupSize);
+  const int tid = static_cast<int>(threadIdx.x), token = tid / 16 % 8, half = tid / 128;
+  const int first_group = static_cast<int>(blockIdx.x) * 2 * turns + half;
+  ImagePlace to(images, first_token + token, first_group);
+  const uint8_t* from =
+      columns.tile + token * columns.tile_stride + half * kGroupSize * sizeof(T) + tid % 16 * 16;
+  for (int turn = 0; turn < turns; ++turn) {
+    if ((first_group + 2 * turn) * kGroupSize >= p.cols) break;
+    LeaveImage<std::is_same_v<T, bfloat16>>(to, token < count,
+                                            *reinterpret_cast<const uint4*>(from));
+    to.Advance(2);
+    from += kColsPerTurn * sizeof(T);
   }
+}
+
+// The choice of the coherent tokens of several groups, and the sum of bytes, by the block that
+// comes here last of `blocks`.
+template <int kTokens, int kWidth>
+__device__ __forceinline__ void FinishSeveral(const RouteParams& p, const RoutingBatch& batch,
+                                              uint32_t blocks, RouteShared<kTokens, kWidth>& s) {
+  const int tid = static_cast<int>(threadIdx.x);
+  uint32_t* const highest = p.counters + gridDim.y + 1;
+  if (tid < p.num_segments) atomicMax(highest + tid, static_cast<uint32_t>(s.highest[tid]));
+  if (!ArriveLast(p.counters + gridDim.y, blocks, &s.flag)) return;
+  uint32_t others = 0;  // arrives while the tokens choose
+  if (tid < p.num_segments) others = atomicExch(highest + tid, 0);
+  const int count = batch.num_coherent * kMaxScores;
+  const float* losses = p.losses;
+  if (count <= static_cast<int>(sizeof(s.sums) / sizeof(float))) {
+    float* const here = &s.sums[0][0][0];
+#pragma unroll 4
+    for (int e = tid; e < count; e += kRouteThreads) here[e] = __ldcg(p.losses + e);
+    losses = here;
+    __syncthreads();
+  }
+  if (count > 0) ChooseTogether(p, batch, losses, s);
+  if (tid < p.num_segments) atomicMax(s.highest + tid, static_cast<int>(others));
+  __syncthreads();
+  if (tid == 0) CountBytes(p, s.highest);
 }
 
 // The end of a group in a cluster: this block's own tokens, then rank 0 for what concerns all.
 // meanwhile(): done while the sums are under way.
 template <int kTokens, int kWidth, typename Meanwhile>
 __device__ __forceinline__ void FinishInCluster(const RouteParams& p, int first_token, int count,
-                                                int rank, RouteShared<kTokens, kWidth>& s,
+                                                int rank, const RoutingBatch& batch,
+                                                RouteShared<kTokens, kWidth>& s,
                                                 const Meanwhile& meanwhile) {
   const int tid = static_cast<int>(threadIdx.x);
   for (int e = tid; e < count * kWidth; e += kRouteThreads) {
@@ -289,8 +347,8 @@ __device__ __forceinline__ void FinishInCluster(const RouteParams& p, int first_
     const int slot = e / p.num_segments, segment = e % p.num_segments;
     const int token = tokens.Token(slot);
     const float* losses = &own_losses[slot][segment * kNumLevels];
-    if (token >= p.batch.num_coherent) {
-      SetLevel(p, token, segment, ChooseAlone(p, p.batch, token, segment, losses), s);
+    if (token >= batch.num_coherent) {
+      SetLevel(p, token, segment, ChooseAlone(p, batch, token, segment, losses), s);
       continue;
     }
 #pragma unroll
@@ -304,18 +362,9 @@ __device__ __forceinline__ void FinishInCluster(const RouteParams& p, int first_
     }
   }
   __syncthreads();
-  if (count == 1 && !several) {  // rank 0 has had the only token
+  if (several) return FinishSeveral(p, batch, gridDim.y * kRouteRanks, s);
+  if (count == 1) {  // rank 0 has had the only token
     if (rank != 0) return;
-    if (p.batch.num_coherent > 0) ChooseTogether(p, p.batch, s.losses[0], s);
-    __syncthreads();
-    if (tid == 0) CountBytes(p, s.highest);
-    return;
-  }
-  uint32_t* highest = p.counters + gridDim.y + 1;
-  if (several) {
-    if (tid < p.num_segments) atomicMax(highest + tid, static_cast<uint32_t>(s.highest[tid]));
-    if (!ArriveLast(p.counters + gridDim.y, gridDim.y * kRouteRanks, &s.flag)) return;
-    if (tid < p.num_segments) s.highest[tid] = static_cast<int>(atomicExch(highest + tid, 0));
   } else {
     if (tid < p.num_segments) {
       StoreRemote(&s.rank_highest[rank][tid], 0, static_cast<float>(s.highest[tid]));
@@ -327,9 +376,9 @@ __device__ __forceinline__ void FinishInCluster(const RouteParams& p, int first_
         s.highest[tid] = max(s.highest[tid], static_cast<int>(s.rank_highest[r][tid]));
       }
     }
+    __syncthreads();
   }
-  __syncthreads();
-  if (p.batch.num_coherent > 0) ChooseTogether(p, p.batch, several ? p.losses : s.losses[0], s);
+  if (batch.num_coherent > 0) ChooseTogether(p, batch, s.losses[0], s);
   __syncthreads();
   if (tid == 0) CountBytes(p, s.highest);
 }
@@ -337,7 +386,8 @@ __device__ __forceinline__ void FinishInCluster(const RouteParams& p, int first_
 // The end of a group without clusters: the block that arrives last does it all.
 template <int kTokens, int kWidth>
 __device__ __forceinline__ void FinishAlone(const RouteParams& p, int first_token, int count,
-                                            int rank, RouteShared<kTokens, kWidth>& s) {
+                                            int rank, const RoutingBatch& batch,
+                                            RouteShared<kTokens, kWidth>& s) {
   const int tid = static_cast<int>(threadIdx.x);
   float* partials = p.partials + int64_t{blockIdx.y} * kRouteRanks * kTokens * kWidth;
   for (int e = tid; e < count * kWidth; e += kRouteThreads) {
@@ -359,8 +409,8 @@ __device__ __forceinline__ void FinishAlone(const RouteParams& p, int first_toke
   for (int e = tid; e < count * p.num_segments; e += kRouteThreads) {
     const int slot = e / p.num_segments, segment = e % p.num_segments, token = first_token + slot;
     const float* losses = &s.losses[slot][segment * kNumLevels];
-    if (token >= p.batch.num_coherent) {
-      SetLevel(p, token, segment, ChooseAlone(p, p.batch, token, segment, losses), s);
+    if (token >= batch.num_coherent) {
+      SetLevel(p, token, segment, ChooseAlone(p, batch, token, segment, losses), s);
     } else if (several) {
 #pragma unroll
       for (int k = 0; k < kNumLevels; ++k) {
@@ -369,24 +419,19 @@ __device__ __forceinline__ void FinishAlone(const RouteParams& p, int first_toke
     }
   }
   __syncthreads();
-  if (several) {
-    uint32_t* highest = p.counters + gridDim.y + 1;
-    if (tid < p.num_segments) atomicMax(highest + tid, static_cast<uint32_t>(s.highest[tid]));
-    if (!ArriveLast(p.counters + gridDim.y, gridDim.y, &s.flag)) return;
-    if (tid < p.num_segments) s.highest[tid] = static_cast<int>(atomicExch(highest + tid, 0));
-    __syncthreads();
-  }
-  if (p.batch.num_coherent > 0) ChooseTogether(p, p.batch, several ? p.losses : s.losses[0], s);
+  if (several) return FinishSeveral(p, batch, gridDim.y, s);
+  if (batch.num_coherent > 0) ChooseTogether(p, batch, s.losses[0], s);
   __syncthreads();
   if (tid == 0) CountBytes(p, s.highest);
 }
 
-template <typename T, RouteInput kInput, int kHiddenTiles, int kTokenTiles, bool kClusters>
-__global__ void __launch_bounds__(kRouteThreads)
+// kTurns: how many are in registers at a time.
+template <typename T, RouteInput kInput, int kHiddenTiles, int kTokenTiles, int kTurns,
+          bool kClusters>
+__global__ void __launch_bounds__(kRouteThreads, kTokenTiles == 1 ? 2 : 1)
     RouteKernel(const __grid_constant__ RouteParams p, const __grid_constant__ BatchImages images) {
   constexpr int kTokens = 8 * kTokenTiles, kWidth = 16 * kHiddenTiles + 1;
   constexpr bool kNorm = kInput == RouteInput::kNorm;
-  using Weights = RouterWeights<kHiddenTiles>;
   extern __shared__ __align__(16) uint8_t raw[];
   auto& s = *reinterpret_cast<RouteShared<kTokens, kWidth>*>(raw);
   const int tid = static_cast<int>(threadIdx.x), warp = tid / 32, lane = tid % 32;
@@ -397,67 +442,76 @@ __global__ void __launch_bounds__(kRouteThreads)
   const int block_col = rank * turns * kColsPerTurn;
   const int first_col = block_col + warp * 32 + 8 * t;
   const RouteColumns<kTokens> columns(raw + sizeof(s), turns, kNorm, images.bytes != nullptr);
-  if constexpr (kClusters) ClusterArrive();
+  if constexpr (kClusters) ptx::ClusterArriveRelaxed();
   AllowNext();
-  Weights weights;
-  weights.Fetch(p, first_col, turns);
+  RouterWeights<kHiddenTiles, kTurns> weights(p, first_col);
+  weights.Fetch(0, turns);
+  weights.Prefetch(turns);
   if constexpr (kNorm) {
     columns.LoadNorm(p.norm_weight + block_col, min(turns * kColsPerTurn, p.cols - block_col));
   }
   LoadRouter(p, s);
+  RoutingBatch batch = p.batch;
+  const FewTokens few(batch);
   if (tid < kMaxSegments) s.highest[tid] = 0;
   WaitForPrevious();
   if constexpr (kClusters) ClusterWait();  // every block of the cluster has begun
-  if (images.bytes != nullptr) {
+  if (kTokenTiles == 1 && images.bytes != nullptr) {
     ClearArrivals(images, blockIdx.y * kRouteRanks + rank, gridDim.y * kRouteRanks);
   }
 
   float scales[kTokenTiles] = {};
-  uint4 residual[Weights::kHeldTurns];  // of the token in a tile that is the only one
+  uint4 residual[kTurns];  // of the token in a tile that is the only one
   if constexpr (kNorm) {
     AddAndMeasure<T, kTokenTiles>(p, first_token, count, first_col, turns, rank, s, residual,
                                   scales);
   }
   float sums[kHiddenTiles][kTokenTiles][4] = {};
   float squares[kTokenTiles] = {};
-  // at_hand: the residual's elements, or null.
-  const auto input = [&](int turn, const uint4* at_hand, uint4(&x)[kTokenTiles]) {
-    const int col = first_col + turn * kColsPerTurn;
+  const auto rows = [&](int n) { return TokenRows<T>(p, first_token + 8 * n + g, first_col); };
+  const auto is_there = [&](int n, int turn) {
+    return 8 * n + g < count && turn < turns && first_col + turn * kColsPerTurn < p.cols;
+  };
+  // Of few tokens several turns are asked for at once: what follows stores, and no load overtakes
+  // it.
+  constexpr int kAhead = kTokenTiles == 1 ? kTurns : 1;
+  RawElements of_turns[kAhead][kTokenTiles];
+  const auto load = [&](int turn) {
 #pragma unroll
-    for (int n = 0; n < kTokenTiles; ++n) {
-      x[n] = make_uint4(0, 0, 0, 0);
-      if (8 * n + g >= count || col >= p.cols) continue;
-      const int64_t token = first_token + 8 * n + g;
-      uint4 source = make_uint4(0, 0, 0, 0);
-      if constexpr (kNorm) {
-        source = at_hand != nullptr
-                     ? *at_hand
-                     : *reinterpret_cast<const uint4*>(static_cast<const T*>(p.source) +
-                                                       token * p.source_stride + col);
+    for (int i = 0; i < kAhead; ++i) {
+#pragma unroll
+      for (int n = 0; n < kTokenTiles; ++n) {
+        if (!is_there(n, turn + i)) continue;
+        of_turns[i][n] = LoadRaw<T, kInput>(rows(n), (turn + i) * kColsPerTurn, p.cols);
       }
-      float v[8];
-      MakeInput<T, kInput>(p, token, col, source, columns.norm + col - block_col, scales[n], v);
-      x[n] = AsHalves<T>(v, &squares[n]);
-      if (columns.tile == nullptr) continue;
-      *reinterpret_cast<uint4*>(columns.tile + (8 * n + g) * columns.tile_stride +
-                                (col - block_col) * sizeof(T)) = PackElements<T>(v);
     }
   };
+  for (int first = 0; first < turns; first += kTurns) {
+    if (first > 0) weights.Fetch(first, turns);
+    const bool at_hand = kNorm && kTokenTiles == 1 && first == 0;
 #pragma unroll
-  for (int turn = 0; turn < Weights::kHeldTurns; ++turn) {
-    if (turn >= turns) break;
-    uint4 x[kTokenTiles];
-    input(turn, kTokenTiles == 1 ? &residual[turn] : nullptr, x);
-    MultiplyTurn<kHiddenTiles, kTokenTiles>(weights.held[turn], x, sums);
-  }
-  for (int turn = Weights::kHeldTurns; turn < turns; ++turn) {
-    uint4 w[kHiddenTiles][2], x[kTokenTiles];
+    for (int i = 0; i < kTurns; ++i) {
+      const int turn = first + i;
+      if (turn >= turns) break;
+      if (i % kAhead == 0 && !at_hand) load(turn);
+      uint4 x[kTokenTiles];
 #pragma unroll
-    for (int r = 0; r < 2 * kHiddenTiles; ++r) {
-      w[r / 2][r % 2] = Weights::Load(Weights::At(p, 8 * r + g, first_col + turn * kColsPerTurn));
+      for (int n = 0; n < kTokenTiles; ++n) {
+        x[n] = make_uint4(0, 0, 0, 0);
+        if (!is_there(n, turn)) continue;
+        const RawElements of_turn =
+            at_hand ? RawElements{residual[i], {}} : of_turns[i % kAhead][n];
+        const int of_block = first_col - block_col + turn * kColsPerTurn;
+        float v[8];
+        MakeInput<T, kInput>(of_turn, columns.norm + of_block, scales[n],
+                             rows(n).x + turn * kColsPerTurn, v);
+        x[n] = AsHalves<T>(v, &squares[n]);
+        if (kTokenTiles > 1 || columns.tile == nullptr) continue;
+        *reinterpret_cast<uint4*>(columns.tile + g * columns.tile_stride + of_block * sizeof(T)) =
+            PackElements<T>(v);
+      }
+      MultiplyTurn<kHiddenTiles, kTokenTiles>(weights.held[i], x, sums);
     }
-    input(turn, nullptr, x);
-    MultiplyTurn<kHiddenTiles, kTokenTiles>(w, x, sums);
   }
   if constexpr (kInput == RouteInput::kNorm) __syncthreads();  // s.sums was in use
 #pragma unroll
@@ -472,21 +526,22 @@ __global__ void __launch_bounds__(kRouteThreads)
     const float of_token = QuadSum(squares[n]);
     if (t == 0) s.sums[warp][8 * n + g][kWidth - 1] = of_token;
   }
+  few.Keep(s, batch);
   ptx::WaitCopies<0>();
   __syncthreads();
   if constexpr (kClusters) {
-    FinishInCluster(p, first_token, count, rank, s, [&] {
-      if (columns.tile == nullptr) return;
-      constexpr int kGroups = kColsPerTurn / kGroupSize;  // of a turn
-      LeaveImages<T>(p, images, columns, first_token, count, rank * turns * kGroups,
-                     turns * kGroups);
+    FinishInCluster(p, first_token, count, rank, batch, s, [&] {
+      if constexpr (kTokenTiles == 1) {
+        if (columns.tile != nullptr) LeaveImages<T>(p, images, columns, first_token, count, turns);
+      }
     });
   } else {
-    FinishAlone(p, first_token, count, rank, s);
+    FinishAlone(p, first_token, count, rank, batch, s);
   }
 }
 
-template <typename T, RouteInput kInput, int kHiddenTiles, int kTokenTiles, bool kClusters>
+template <typename T, RouteInput kInput, int kHiddenTiles, int kTokenTiles, int kTurns,
+          bool kClusters>
 cudaError_t LaunchTiles(const LaunchContext& context, RouteParams params,
                         const BatchImages& images) {
   constexpr int kTokens = 8 * kTokenTiles, kWidth = 16 * kHiddenTiles + 1;
@@ -495,7 +550,8 @@ cudaError_t LaunchTiles(const LaunchContext& context, RouteParams params,
       kClusters ? 0 : size_t{groups} * kRouteRanks * kTokens * kWidth * sizeof(float);
   const size_t loss_bytes = size_t(params.batch.num_coherent) * kMaxScores * sizeof(float);
   if (partial_bytes + loss_bytes > context.scratch_bytes ||
-      groups + 1 + kMaxSegments > static_cast<uint32_t>(context.num_counters)) {
+      groups + 1 + kMaxSegments > static_cast<uint32_t>(context.num_counters) ||
+      (kTokenTiles > 1 && images.bytes != nullptr)) {
     return cudaErrorInvalidValue;
   }
   params.partials = reinterpret_cast<float*>(context.scratch);
@@ -506,26 +562,24 @@ cudaError_t LaunchTiles(const LaunchContext& context, RouteParams params,
       RouteColumns<kTokens>::Bytes(TurnsOf(params.cols), kInput == RouteInput::kNorm,
                                    images.bytes != nullptr);
   return LaunchClusters(context, kClusters ? kRouteRanks : 0,
-                        RouteKernel<T, kInput, kHiddenTiles, kTokenTiles, kClusters>,
+                        RouteKernel<T, kInput, kHiddenTiles, kTokenTiles, kTurns, kClusters>,
                         dim3(kRouteRanks, groups), kRouteThreads, shared_bytes, params, images);
 }
-
-// Up to how many tokens clusters of eight each are faster than fewer clusters that read W1 for more
-// at a time.
-constexpr int kFewTokens = 128;
 
 template <typename T, RouteInput kInput>
 cudaError_t LaunchInput(const LaunchContext& context, const RouteParams& params,
                         const BatchImages& images) {
   if constexpr (kInput == RouteInput::kPlain) {
-    if (!context.clusters) return LaunchTiles<T, kInput, 4, 2, false>(context, params, images);
+    if (!context.clusters) return LaunchTiles<T, kInput, 4, 2, 2, false>(context, params, images);
     if (params.num_hidden > kMaxFusedRouterHidden) {
-      return LaunchTiles<T, kInput, 4, 2, true>(context, params, images);
+      return LaunchTiles<T, kInput, 4, 2, 2, true>(context, params, images);
     }
   }
-  return params.batch.num_tokens <= kFewTokens
-             ? LaunchTiles<T, kInput, 2, 1, true>(context, params, images)
-             : LaunchTiles<T, kInput, 2, 4, true>(context, params, images);
+  if (params.batch.num_tokens > kFewRoutedTokens) {
+    return LaunchTiles<T, kInput, 2, 4, 4, true>(context, params, images);
+  }
+  return TurnsOf(params.cols) <= 2 ? LaunchTiles<T, kInput, 2, 1, 2, true>(context, params, images)
+                                   : LaunchTiles<T, kInput, 2, 1, 4, true>(context, params, images);
 }
 
 }  // namespace

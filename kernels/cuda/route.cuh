@@ -74,6 +74,8 @@ struct alignas(16) RouteShared {
   float b2[kMaxScores];
   float b1[kMaxRouterHidden];
   float u[kMaxRouterHidden];
+  float price[kFewRoutedTokens];  // see FewTokens
+  uint8_t min_level[kFewRoutedTokens], max_level[kFewRoutedTokens];
   int highest[kMaxSegments];  // level that a token of this block reads
   int pinned[kThreads / 32];
   double together[kMaxScores];
@@ -95,6 +97,35 @@ __device__ __forceinline__ void LoadRouter(const RouteParams& p, Shared& s) {
   if (tid < scores) ptx::CopyAsync4(ptx::SharedAddress(s.b2 + tid), p.b2 + tid);
   ptx::CommitCopies();
 }
+
+// The prices and limits of a batch of few tokens: asked for early, as they were there before the
+// step's first kernel, and kept in shared memory later. A thread has a token.
+struct FewTokens {
+  float price;
+  uint8_t min_level, max_level;
+
+  __device__ __forceinline__ static bool Has(const RoutingBatch& batch) {
+    return batch.num_tokens <= kFewRoutedTokens && static_cast<int>(threadIdx.x) < batch.num_tokens;
+  }
+
+  __device__ __forceinline__ explicit FewTokens(const RoutingBatch& batch) {
+    if (!Has(batch)) return;
+    price = batch.price[threadIdx.x];
+    min_level = batch.min_level[threadIdx.x], max_level = batch.max_level[threadIdx.x];
+  }
+
+  // To be read after the next barrier.
+  template <typename Shared>
+  __device__ __forceinline__ void Keep(Shared& s, RoutingBatch& batch) const {
+    static_assert(Shared::kThreads >= kFewRoutedTokens);
+    if (Has(batch)) {
+      s.price[threadIdx.x] = price;
+      s.min_level[threadIdx.x] = min_level, s.max_level[threadIdx.x] = max_level;
+    }
+    if (batch.num_tokens > kFewRoutedTokens) return;
+    batch.price = s.price, batch.min_level = s.min_level, batch.max_level = s.max_level;
+  }
+};
 
 // A hidden unit from its sum over the columns and the sum of x's squares.
 __device__ __forceinline__ float HiddenUnit(float sum, float b1, float u, float squares, int cols) {

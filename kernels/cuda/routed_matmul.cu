@@ -8,8 +8,7 @@
 namespace mobi::cuda {
 namespace {
 
-constexpr int kMostBatchTokens = 128;  // whose router is one cluster for every eight
-constexpr size_t kLossBytes = size_t{kMostBatchTokens} * 64;
+constexpr size_t kLossBytes = size_t{kFewRoutedTokens} * 64;
 
 // The workspace behind what the router needs of it.
 SlicedMatmulLaunch BehindRouter(SlicedMatmulLaunch launch) {
@@ -20,7 +19,7 @@ SlicedMatmulLaunch BehindRouter(SlicedMatmulLaunch launch) {
 
 bool CanRouteInBatch90(const LaunchContext& context, const SlicedMatmulLaunch& launch,
                        const RouteSource& source, const Tensor& x, const RoutedWeight& linear) {
-  if (launch.compute_capability != 90 || x.rows > kMostBatchTokens ||
+  if (launch.compute_capability != 90 || x.rows > kFewRoutedTokens ||
       launch.workspace_bytes <= kLossBytes || !CanFuseRoute(context, source, x, linear)) {
     return false;
   }

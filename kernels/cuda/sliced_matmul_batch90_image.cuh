@@ -18,20 +18,36 @@ __device__ __forceinline__ int TermsPlace(int column) {
   return tile / 2 * 8 + column % 4 * 2 + tile % 2;
 }
 
-// A group of a token by half a warp, eight elements a lane. All lanes of the warp come here;
-// `there`: the half has a token and a group.
+// Where a group of a token is in the images.
+struct ImagePlace {
+  uint8_t* bytes;
+  WholeTerms* terms;
+  int column;
+
+  __device__ __forceinline__ ImagePlace(const BatchImages& images, int token, int group)
+      : column(token % kImageTokens) {
+    const int64_t first = (int64_t{token / kImageTokens} * images.groups + group) * kImageTokens;
+    bytes = images.bytes + (first + column) * kImageTokenBytes;
+    terms = images.terms + first + TermsPlace(column);
+  }
+
+  __device__ __forceinline__ void Advance(int groups) {
+    bytes += groups * kImageTokens * kImageTokenBytes;
+    terms += groups * kImageTokens;
+  }
+};
+
+// A token's group by half a warp, eight elements a lane. All lanes of the warp come here; `there`:
+// the half has a token.
 template <bool kBf16>
-__device__ __forceinline__ void LeaveImage(const BatchImages& to, bool there, int token, int group,
+__device__ __forceinline__ void LeaveImage(const ImagePlace& to, bool there,
                                            const uint4& elements) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const WholeBytes bytes = EncodeWhole<kBf16>(elements);
   if (!there) return;
-  const int column = token % kImageTokens;
-  const int64_t first = (int64_t{token / kImageTokens} * to.groups + group) * kImageTokens;
-  WriteForWgmma(bytes, column, lane, to.bytes + (first + column) * kImageTokenBytes);
+  WriteForWgmma(bytes, to.column, lane, to.bytes);
   if (lane % 16 != 0) return;
-  *reinterpret_cast<float2*>(to.terms + first + TermsPlace(column)) =
-      make_float2(bytes.terms.step, bytes.terms.sum);
+  *reinterpret_cast<float2*>(to.terms) = make_float2(bytes.terms.step, bytes.terms.sum);
 }
 
 // What `block` of `blocks` clears.
@@ -61,7 +77,7 @@ __global__ void __launch_bounds__(kImageThreads)
     elements = __ldcg(reinterpret_cast<const uint4*>(from) + threadIdx.x % 16);
   }
   if (group == 0) ClearArrivals(to, static_cast<int>(blockIdx.y), static_cast<int>(gridDim.y));
-  LeaveImage<kBf16>(to, token < p.num_tokens, token, group, elements);
+  LeaveImage<kBf16>(ImagePlace(to, token, group), token < p.num_tokens, elements);
 }
 
 }  // namespace mobi::cuda

@@ -179,6 +179,38 @@ TEST_P(BackendAttention, IsBatchInvariant) {
   }
 }
 
+// The same bits wherever a backend lets the parts of a context meet, which may depend on how long
+// contexts can become and on how many sequences there are.
+TEST_P(BackendAttention, DecodeDoesNotDependOnLimits) {
+  for (const AttentionShape& shape : {kShapes[0], kShapes[2], kShapes[4]}) {
+    Step step = RandomStep(shape, {{1, 700}});
+    const Matrix expected = Run(step);
+    for (const int max_context_len : {701, 5000, 1 << 18}) {
+      step.max_context_len = max_context_len;
+      ExpectSame(Run(step), expected,
+                 Describe(shape) + ", up to " + std::to_string(max_context_len));
+    }
+    constexpr int kMany = 500;
+    Step many = step;
+    many.max_context_len = 700;
+    many.q = Matrix::Poisoned(step.q.dtype, kMany, step.q.cols);
+    Matrix same = many.q;
+    many.query_start.resize(kMany + 1);
+    std::iota(many.query_start.begin(), many.query_start.end(), 0);
+    many.context_len.assign(kMany, 700);
+    many.block_table.clear();
+    for (int i = 0; i < kMany; ++i) {
+      many.block_table.insert(many.block_table.end(), step.block_table.begin(),
+                              step.block_table.end());
+      for (int64_t c = 0; c < step.q.cols; ++c) {
+        many.q.set(i, c, step.q.at(0, c));
+        same.set(i, c, expected.at(0, c));
+      }
+    }
+    ExpectSame(Run(many), same, Describe(shape) + ", many sequences");
+  }
+}
+
 TEST_P(BackendAttention, RopeAndWriteKvEqualsReference) {
   for (const AttentionShape& shape : kShapes) {
     const int tokens = Uniform(1, 40), max_positions = 500;

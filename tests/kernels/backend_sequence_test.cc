@@ -297,7 +297,6 @@ TEST_P(BackendSequence, RouteThenMatmulThenAddRmsNorm) {
       if (c.input == kNorm) backend().RmsNorm(from, norm, 1e-5f, x);
       if (c.input == kAddNorm) backend().AddRmsNorm(delta_device, norm, 1e-5f, from, x);
       if (c.input == kSwiGlu) backend().SwiGlu(from, x);
-      after();
       backend().Route(x, router.device, view, levels, c.tokens);
       after();
       backend().SlicedMatmul(x, router.device.weight, levels, c.tokens, out);
