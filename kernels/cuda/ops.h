@@ -9,7 +9,6 @@
 
 #include "kernels/backend.h"
 #include "kernels/cuda/launch.h"
-#include "kernels/cuda/sliced_matmul_batch90_image.h"
 
 namespace mobi::cuda {
 
@@ -58,13 +57,12 @@ struct RouteSource {
   Tensor norm_weight;
   float eps = 0;
 };
-// True if LaunchRoute can take this source other than kPlain, and leave images of x.
+// True if LaunchRoute can take this source other than kPlain, and LaunchRouteForMatmul any.
 bool CanFuseRoute(const LaunchContext& context, const RouteSource& source, Tensor x,
                   const RoutedWeight& linear);
-// images: of up to kFewRoutedTokens tokens, and such sources.
 cudaError_t LaunchRoute(const LaunchContext& context, const RouteSource& source, Tensor x,
                         const RoutedWeight& linear, const RoutingBatch& batch, uint8_t* levels,
-                        int64_t levels_stride, const BatchImages& images = {});
+                        int64_t levels_stride);
 // Any float weight; out fp32 or the activation type. A result depends on its row of x alone.
 cudaError_t LaunchDenseMatmul(const LaunchContext& context, Tensor x, Tensor weight, Tensor out);
 cudaError_t LaunchSample(const LaunchContext& context, Tensor logits, const SamplingBatch& batch,

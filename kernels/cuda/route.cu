@@ -314,11 +314,11 @@ __device__ __forceinline__ void FinishSeveral(const RouteParams& p, const Routin
 }
 
 // The end of a group in a cluster: this block's own tokens, then rank 0 for what concerns all.
-// meanwhile(): done while the sums are under way.
+// meanwhile(): done while the sums are under way. for_matmul: it ends with the losses.
 template <int kTokens, int kWidth, typename Meanwhile>
 __device__ __forceinline__ void FinishInCluster(const RouteParams& p, int first_token, int count,
                                                 int rank, const RoutingBatch& batch,
-                                                RouteShared<kTokens, kWidth>& s,
+                                                bool for_matmul, RouteShared<kTokens, kWidth>& s,
                                                 const Meanwhile& meanwhile) {
   const int tid = static_cast<int>(threadIdx.x);
   for (int e = tid; e < count * kWidth; e += kRouteThreads) {
@@ -342,6 +342,13 @@ __device__ __forceinline__ void FinishInCluster(const RouteParams& p, int first_
   __syncthreads();
   auto* own_losses = reinterpret_cast<float(*)[kMaxScores]>(s.sums[1]);
   ScoreTokens(p, slots, s, own_losses);
+  if (for_matmul) {
+    for (int e = tid; e < slots * kMaxScores; e += kRouteThreads) {
+      p.losses[tokens.Token(e / kMaxScores) * kMaxScores + e % kMaxScores] =
+          own_losses[e / kMaxScores][e % kMaxScores];
+    }
+    return;
+  }
   const bool several = gridDim.y > 1;
   for (int e = tid; e < slots * p.num_segments; e += kRouteThreads) {
     const int slot = e / p.num_segments, segment = e % p.num_segments;
@@ -441,7 +448,8 @@ __global__ void __launch_bounds__(kRouteThreads, kTokenTiles == 1 ? 2 : 1)
   const int turns = TurnsOf(p.cols);
   const int block_col = rank * turns * kColsPerTurn;
   const int first_col = block_col + warp * 32 + 8 * t;
-  const RouteColumns<kTokens> columns(raw + sizeof(s), turns, kNorm, images.bytes != nullptr);
+  const bool leaves_images = kTokenTiles == 1 && images.bytes != nullptr;
+  const RouteColumns<kTokens> columns(raw + sizeof(s), turns, kNorm, leaves_images);
   if constexpr (kClusters) ptx::ClusterArriveRelaxed();
   AllowNext();
   RouterWeights<kHiddenTiles, kTurns> weights(p, first_col);
@@ -452,11 +460,11 @@ __global__ void __launch_bounds__(kRouteThreads, kTokenTiles == 1 ? 2 : 1)
   }
   LoadRouter(p, s);
   RoutingBatch batch = p.batch;
-  const FewTokens few(batch);
+  const FewTokens few(batch, !leaves_images);
   if (tid < kMaxSegments) s.highest[tid] = 0;
   WaitForPrevious();
   if constexpr (kClusters) ClusterWait();  // every block of the cluster has begun
-  if (kTokenTiles == 1 && images.bytes != nullptr) {
+  if (leaves_images) {
     ClearArrivals(images, blockIdx.y * kRouteRanks + rank, gridDim.y * kRouteRanks);
   }
 
@@ -506,7 +514,7 @@ __global__ void __launch_bounds__(kRouteThreads, kTokenTiles == 1 ? 2 : 1)
         MakeInput<T, kInput>(of_turn, columns.norm + of_block, scales[n],
                              rows(n).x + turn * kColsPerTurn, v);
         x[n] = AsHalves<T>(v, &squares[n]);
-        if (kTokenTiles > 1 || columns.tile == nullptr) continue;
+        if (!leaves_images) continue;
         *reinterpret_cast<uint4*>(columns.tile + g * columns.tile_stride + of_block * sizeof(T)) =
             PackElements<T>(v);
       }
@@ -530,9 +538,9 @@ __global__ void __launch_bounds__(kRouteThreads, kTokenTiles == 1 ? 2 : 1)
   ptx::WaitCopies<0>();
   __syncthreads();
   if constexpr (kClusters) {
-    FinishInCluster(p, first_token, count, rank, batch, s, [&] {
+    FinishInCluster(p, first_token, count, rank, batch, leaves_images, s, [&] {
       if constexpr (kTokenTiles == 1) {
-        if (columns.tile != nullptr) LeaveImages<T>(p, images, columns, first_token, count, turns);
+        if (leaves_images) LeaveImages<T>(p, images, columns, first_token, count, turns);
       }
     });
   } else {
@@ -555,7 +563,9 @@ cudaError_t LaunchTiles(const LaunchContext& context, RouteParams params,
     return cudaErrorInvalidValue;
   }
   params.partials = reinterpret_cast<float*>(context.scratch);
-  params.losses = reinterpret_cast<float*>(context.scratch + partial_bytes);
+  if (images.bytes == nullptr) {
+    params.losses = reinterpret_cast<float*>(context.scratch + partial_bytes);
+  }
   params.counters = context.counters;
   const size_t shared_bytes =
       sizeof(RouteShared<kTokens, kWidth>) +
@@ -582,15 +592,11 @@ cudaError_t LaunchInput(const LaunchContext& context, const RouteParams& params,
                                    : LaunchTiles<T, kInput, 2, 1, 4, true>(context, params, images);
 }
 
-}  // namespace
-
-cudaError_t LaunchRoute(const LaunchContext& context, const RouteSource& source, Tensor x,
-                        const RoutedWeight& linear, const RoutingBatch& batch, uint8_t* levels,
-                        int64_t levels_stride, const BatchImages& images) {
-  const RouteParams params = StateRoute(source, x, linear, batch, levels, levels_stride);
-  return WithActivation(x.dtype, [&](auto element) {
+cudaError_t LaunchSource(const LaunchContext& context, const RouteParams& params, DType x,
+                         const BatchImages& images) {
+  return WithActivation(x, [&](auto element) {
     using T = decltype(element);
-    switch (source.input) {
+    switch (params.input) {
       case RouteInput::kPlain:
         return LaunchInput<T, RouteInput::kPlain>(context, params, images);
       case RouteInput::kNorm:
@@ -600,6 +606,21 @@ cudaError_t LaunchRoute(const LaunchContext& context, const RouteSource& source,
     }
     return cudaErrorInvalidValue;
   });
+}
+
+}  // namespace
+
+cudaError_t LaunchRoute(const LaunchContext& context, const RouteSource& source, Tensor x,
+                        const RoutedWeight& linear, const RoutingBatch& batch, uint8_t* levels,
+                        int64_t levels_stride) {
+  return LaunchSource(context, StateRoute(source, x, linear, batch, levels, levels_stride), x.dtype,
+                      BatchImages{});
+}
+
+cudaError_t LaunchRouteForMatmul(const LaunchContext& context, const RouteParams& params, DType x,
+                                 const BatchImages& images) {
+  if (params.batch.num_tokens > kFewRoutedTokens) return cudaErrorInvalidValue;
+  return LaunchSource(context, params, x, images);
 }
 
 bool CanFuseRoute(const LaunchContext& context, const RouteSource& source, Tensor x,

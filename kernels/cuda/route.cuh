@@ -11,6 +11,7 @@
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/ops.h"
 #include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/sliced_matmul_batch90_image.h"
 
 namespace mobi::cuda {
 
@@ -35,8 +36,10 @@ struct RouteParams {
   RoutingBatch batch;
   uint8_t* levels;
   int64_t levels_stride;
-  float* partials;     // without clusters: [group][rank][token][hidden, then the sum of squares]
-  float* losses;       // [token][score] of coherent tokens, where there are several groups
+  float* partials;  // without clusters: [group][rank][token][hidden, then the sum of squares]
+  // [token][score] of coherent tokens, where there are several groups; of all, where the matmul
+  // chooses (sliced_matmul_batch90_choice.cuh).
+  float* losses;
   uint32_t* counters;  // [group], then blocks done, then the highest level per segment
   // The input x, and what it is made from: see RouteInput.
   RouteInput input;
@@ -103,12 +106,14 @@ __device__ __forceinline__ void LoadRouter(const RouteParams& p, Shared& s) {
 struct FewTokens {
   float price;
   uint8_t min_level, max_level;
+  bool wanted;
 
-  __device__ __forceinline__ static bool Has(const RoutingBatch& batch) {
-    return batch.num_tokens <= kFewRoutedTokens && static_cast<int>(threadIdx.x) < batch.num_tokens;
+  __device__ __forceinline__ bool Has(const RoutingBatch& batch) const {
+    return wanted && static_cast<int>(threadIdx.x) < batch.num_tokens;
   }
 
-  __device__ __forceinline__ explicit FewTokens(const RoutingBatch& batch) {
+  __device__ __forceinline__ FewTokens(const RoutingBatch& batch, bool wanted)
+      : wanted(wanted && batch.num_tokens <= kFewRoutedTokens) {
     if (!Has(batch)) return;
     price = batch.price[threadIdx.x];
     min_level = batch.min_level[threadIdx.x], max_level = batch.max_level[threadIdx.x];
@@ -122,7 +127,7 @@ struct FewTokens {
       s.price[threadIdx.x] = price;
       s.min_level[threadIdx.x] = min_level, s.max_level[threadIdx.x] = max_level;
     }
-    if (batch.num_tokens > kFewRoutedTokens) return;
+    if (!wanted) return;
     batch.price = s.price, batch.min_level = s.min_level, batch.max_level = s.max_level;
   }
 };
@@ -269,14 +274,18 @@ __device__ __forceinline__ void ChooseTogether(const RouteParams& p, const Routi
   }
 }
 
+__device__ __forceinline__ void AddLoadedBytes(const RouteParams& p, uint64_t bytes) {
+  static_assert(sizeof(unsigned long long) == sizeof(uint64_t));
+  atomicAdd(reinterpret_cast<unsigned long long*>(p.batch.loaded_bytes), bytes);  // waits for none
+}
+
 // Bytes of the step's weights: every segment up to the highest level that a token reads.
 __device__ __forceinline__ void CountBytes(const RouteParams& p, const int* highest) {
   uint64_t bytes = 0;
   for (int segment = 0; segment < p.num_segments; ++segment) {
     bytes += static_cast<uint64_t>(p.bytes[segment][highest[segment] - 1]);
   }
-  static_assert(sizeof(unsigned long long) == sizeof(uint64_t));
-  atomicAdd(reinterpret_cast<unsigned long long*>(p.batch.loaded_bytes), bytes);  // waits for none
+  AddLoadedBytes(p, bytes);
 }
 
 // Host side: all of the parameters but scratch.
@@ -310,6 +319,11 @@ inline RouteParams StateRoute(const RouteSource& source, const Tensor& x,
   params.eps = source.eps;
   return params;
 }
+
+// Up to kFewRoutedTokens tokens of a source that CanFuseRoute: leaves all losses, which params
+// names, and x in the images, for a matmul that chooses. Host side.
+cudaError_t LaunchRouteForMatmul(const LaunchContext& context, const RouteParams& params, DType x,
+                                 const BatchImages& images);
 
 }  // namespace mobi::cuda
 

@@ -1,7 +1,9 @@
-// Which kernels do a decode step's linear, and how the two for many tokens share the scratch.
+// Which kernels do a decode step's linear, and how the two for many tokens share the scratch: the
+// losses of all tokens, then the matmul's workspace.
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/cuda/route.cuh"
 #include "kernels/cuda/routed_matmul.h"
 #include "kernels/cuda/sliced_matmul_problem.h"
 
@@ -9,6 +11,7 @@ namespace mobi::cuda {
 namespace {
 
 constexpr size_t kLossBytes = size_t{kFewRoutedTokens} * 64;
+static_assert(kLossBytes >= kFewRoutedTokens * kMaxScores * sizeof(float));
 
 // The workspace behind what the router needs of it.
 SlicedMatmulLaunch BehindRouter(SlicedMatmulLaunch launch) {
@@ -36,11 +39,12 @@ cudaError_t LaunchRoutedBatch90(const LaunchContext& context, const SlicedMatmul
   if (!StateProblem(op.x, op.linear.weight, op.levels, op.levels_stride, op.out, &problem)) {
     return cudaErrorInvalidValue;
   }
-  const auto route = [&](const SlicedProblem&, const BatchImages& images) {
-    return LaunchRoute(context, op.source, op.x, op.linear, op.batch, op.levels, op.levels_stride,
-                       images);
-  };
-  return LaunchSlicedBatch90(BehindRouter(launch), problem, route);
+  RouteParams route = StateRoute(op.source, op.x, op.linear, op.batch, op.levels, op.levels_stride);
+  route.losses = reinterpret_cast<float*>(context.scratch);
+  return LaunchSlicedBatch90(BehindRouter(launch), problem, route,
+                             [&](const SlicedProblem&, const BatchImages& images) {
+                               return LaunchRouteForMatmul(context, route, op.x.dtype, images);
+                             });
 }
 
 }  // namespace

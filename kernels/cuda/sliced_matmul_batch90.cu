@@ -91,15 +91,15 @@ bool MakePlan(const SlicedMatmulLaunch& launch, const SlicedProblem& problem, Ba
 
 template <int N>
 cudaError_t LaunchProduct(const SlicedMatmulLaunch& launch, const SlicedProblem& problem,
-                          Batch90Plan& plan) {
+                          const RouteParams& route, Batch90Plan& plan) {
   const bool splits = plan.splits_log > 0;
   static_assert(Batch90Shared<N>::Bytes(2, false) <= kSharedBytes);  // BatchWarp90::FeedColumns
   plan.x_stages = Batch90Shared<N>::kMostStages;
   while (Batch90Shared<N>::Bytes(plan.x_stages, splits) > kSharedBytes) --plan.x_stages;
   const int tiles = plan.segment_tiles[kMaxSegments - 1];
-  return LaunchSliced(launch, BatchKernel90<N>,
-                      dim3(tiles << plan.splits_log, DivideUp(problem.num_tokens, N)),
-                      kBatchThreads, Batch90Shared<N>::Bytes(plan.x_stages, splits), problem, plan);
+  return LaunchSliced(
+      launch, BatchKernel90<N>, dim3(tiles << plan.splits_log, DivideUp(problem.num_tokens, N)),
+      kBatchThreads, Batch90Shared<N>::Bytes(plan.x_stages, splits), problem, plan, route);
 }
 
 // As many tokens at a time as half of the workspace holds images of.
@@ -112,7 +112,7 @@ int TokensOfRound(const SlicedMatmulLaunch& launch, const SlicedProblem& problem
 
 template <int N>
 cudaError_t LaunchTokens(const SlicedMatmulLaunch& launch, const SlicedProblem& problem,
-                         LeaveImages leave_images) {
+                         const RouteParams& route, LeaveImages leave_images) {
   const int round = TokensOfRound<N>(launch, problem);
   for (int first = 0; first < problem.num_tokens; first += round) {
     const SlicedProblem some =
@@ -120,7 +120,7 @@ cudaError_t LaunchTokens(const SlicedMatmulLaunch& launch, const SlicedProblem& 
     Batch90Plan plan;
     if (!MakePlan<N>(launch, some, &plan)) return cudaErrorInvalidValue;
     cudaError_t error = leave_images(some, plan.x);
-    if (error == cudaSuccess) error = LaunchProduct<N>(launch, some, plan);
+    if (error == cudaSuccess) error = LaunchProduct<N>(launch, some, route, plan);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
@@ -143,9 +143,9 @@ bool CanBeOneRoundOfBatch90(const SlicedMatmulLaunch& launch, const SlicedProble
 }
 
 cudaError_t LaunchSlicedBatch90(const SlicedMatmulLaunch& launch, const SlicedProblem& problem,
-                                LeaveImages leave_images) {
+                                const RouteParams& route, LeaveImages leave_images) {
   return ForBlocks(problem.num_tokens,
-                   [&]<int N>() { return LaunchTokens<N>(launch, problem, leave_images); });
+                   [&]<int N>() { return LaunchTokens<N>(launch, problem, route, leave_images); });
 }
 
 cudaError_t LaunchSlicedBatch90(const SlicedMatmulLaunch& launch, const SlicedProblem& problem,
@@ -155,7 +155,7 @@ cudaError_t LaunchSlicedBatch90(const SlicedMatmulLaunch& launch, const SlicedPr
     const dim3 blocks(some.groups, DivideUp(some.num_tokens, kImageTokens));
     return LaunchSliced(launch, kernel, blocks, kImageThreads, 0, some, images);
   };
-  return LaunchSlicedBatch90(launch, problem, leave_images);
+  return LaunchSlicedBatch90(launch, problem, RouteParams{}, leave_images);
 }
 
 }  // namespace mobi::cuda

@@ -18,6 +18,7 @@
 #include <cuda/atomic>
 
 #include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/sliced_matmul_batch90_choice.cuh"
 #include "kernels/cuda/sliced_matmul_batch90_image.cuh"
 #include "kernels/cuda/sliced_matmul_batch90_order.cuh"
 #include "kernels/cuda/sliced_matmul_decode90_plan.cuh"
@@ -44,7 +45,7 @@ struct Batch90Shared {
   static constexpr int kTermBytes = N * sizeof(WholeTerms);
   static constexpr int kSumBytes = N * kUnitRows * 4;  // of a unit
   static constexpr int kMostStages = 8;
-  static constexpr int kSmall = N + 2 * kMostStages * 8;
+  static constexpr int kSmall = N + 2 * kMostStages * 8 + 4;
   static constexpr int kRings = 4 * kBatchWarpgroups * kStages * kWarpStageBytes;
 
   static constexpr int Bytes(int x_stages, bool splits) {
@@ -69,7 +70,7 @@ struct BatchWarp90 {
   int64_t unit;             // of this warpgroup among all, of all blocks of tokens
   uint32_t ring;            // this lane's 16 bytes of its warp's, a shared address
   int group, end;           // the group that comes next, and where the block's columns end
-  ColumnOrder<N> order;
+  ColumnOrder order;
 
   // Offsets in shared memory.
   __device__ __forceinline__ int TermsAt() const { return plan.x_stages * kGroupBytes<N>; }
@@ -82,6 +83,9 @@ struct BatchWarp90 {
   }
   __device__ __forceinline__ uint8_t* TokensAt() const {  // of the columns
     return shared + SmallAt() + 2 * Shared::kMostStages * 8;
+  }
+  __device__ __forceinline__ uint32_t* OrderAt() const {
+    return reinterpret_cast<uint32_t*>(TokensAt() + N);
   }
   __device__ __forceinline__ uint32_t Full(int stage) const {
     return ptx::SharedAddress(shared) + SmallAt() + stage * 8;
@@ -585,15 +589,63 @@ struct BatchWarp90 {
     }
   }
 
-  __device__ __forceinline__ void Run() {
-    order = OrderColumns<N>(p, segment, first_token, lane);
-    if (warp == 0) {
+  // ---- Levels, by a warp of those that do not multiply.
+
+  static constexpr int kBlockLevels = N / 32;  // of a lane
+
+  __device__ __forceinline__ void ReadLevels(int (&levels)[kBlockLevels]) const {
 #pragma unroll
-      for (int i = 0; i < N / 32; ++i) {
-        TokensAt()[order.places[i]] = static_cast<uint8_t>(lane + 32 * i);
+    for (int i = 0; i < kBlockLevels; ++i) {
+      const int token = lane + 32 * i;
+      levels[i] = 0;
+      if (token >= num_tokens) continue;
+      const int level = __ldcg(p.levels + segment * p.levels_stride + first_token + token);
+      levels[i] = min(max(level, 1), kNumLevels);
+    }
+  }
+
+  // Those of all tokens, of which the block has some.
+  __device__ __forceinline__ void ChooseLevels(const BatchChoice& choice,
+                                               int (&levels)[kBlockLevels]) const {
+    int of_all[BatchChoice::kPerLane];
+    choice.Choose(segment, of_all);
+#pragma unroll
+    for (int i = 0; i < kBlockLevels; ++i) {
+#pragma unroll
+      for (int k = i; k < BatchChoice::kPerLane; k += kBlockLevels) {
+        if (first_token + 32 * i == 32 * k) levels[i] = of_all[k];
       }
     }
+    const bool first_of_segment =
+        static_cast<int>(blockIdx.x) ==
+        (segment == 0 ? 0 : plan.segment_tiles[segment - 1] << plan.splits_log);
+    if (first_of_segment && blockIdx.y == 0) choice.Publish(segment, of_all);
+  }
+
+  // The previous kernel has ended when they are asked for.
+  __device__ __forceinline__ void OrderTokens(const RouteParams& route) const {
+    int levels[kBlockLevels];
+    if (route.losses != nullptr) {
+      const BatchChoice choice(route, lane);
+      ptx::WaitForPrevious();
+      ChooseLevels(choice, levels);
+    } else {
+      ptx::WaitForPrevious();
+      ReadLevels(levels);
+    }
+    const ColumnOrder of_tokens = OrderColumns<N>(levels, lane, TokensAt());
+    if (lane == 0) *OrderAt() = of_tokens.ends;
+  }
+
+  __device__ __forceinline__ void Run(const RouteParams& route) {
+    MakeBarriers();
+    if (warp == 4 * kBatchWarpgroups) {
+      OrderTokens(route);
+    } else {
+      ptx::WaitForPrevious();
+    }
     __syncthreads();
+    order.ends = __shfl_sync(~0u, *OrderAt(), 0);  // the same for all lanes, as the compiler sees
     if (warpgroup == kBatchWarpgroups) {
       ptx::GiveRegisters<kBatchFeederRegisters>();
       if (IsMixed()) {
@@ -629,18 +681,17 @@ struct BatchWarp90 {
   }
 };
 
-// Grid: the blocks of each tile, one beside the other; y blocks of N tokens.
+// Grid: the blocks of each tile, one beside the other; y blocks of N tokens. route: of the linear,
+// if its levels are still to be chosen; else without losses.
 template <int N>
 __global__ void __launch_bounds__(kBatchThreads, 1)
-    BatchKernel90(const __grid_constant__ SlicedProblem p,
-                  const __grid_constant__ Batch90Plan plan) {
+    BatchKernel90(const __grid_constant__ SlicedProblem p, const __grid_constant__ Batch90Plan plan,
+                  const __grid_constant__ RouteParams route) {
 #if MOBI_WGMMA
   extern __shared__ __align__(1024) uint8_t shared[];
   ptx::LaunchDependents();
   BatchWarp90<N> self(p, plan, shared);
-  self.MakeBarriers();
-  ptx::WaitForPrevious();
-  self.Run();
+  self.Run(route);
 #endif
 }
 

@@ -25,61 +25,38 @@ struct Batch90Plan {
 template <int N>
 inline constexpr int kGroupBytes = N* kImageTokenBytes;  // of x
 
-// How the tokens of a block are ordered for one segment. A warp makes it together.
-template <int N>
+// How the tokens of a block are ordered for one segment, those of the highest level first: 8 bits
+// for each level, the columns of this level and those above it.
 struct ColumnOrder {
-  static constexpr int kPerLane = N / 32;
-  uint32_t ends;         // 8 bits for each level: columns of this level and those above it
-  int places[kPerLane];  // columns of the tokens lane + 32 i; those of no token come last
+  uint32_t ends;
 
   __device__ __forceinline__ int End(int level) const { return ends >> (8 * (level - 1)) & 255; }
   __device__ __forceinline__ int Begin(int level) const {
     return level == kNumLevels ? 0 : End(level + 1);
   }
-  __device__ __forceinline__ int PlaceOf(int token) const {
-    int place = 0;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const int of_lane = __shfl_sync(~0u, places[i], token % 32);
-      if (token / 32 == i) place = of_lane;
-    }
-    return place;
-  }
 };
 
-// `levels` of the block's tokens; 0 where there is none.
+// By a warp. levels: of the block's tokens lane + 32 i; 0 where there is none. tokens[column]: the
+// token that is there; those of no token come last.
 template <int N>
-__device__ __forceinline__ ColumnOrder<N> OrderColumns(const int (&levels)[N / 32], int lane) {
-  constexpr int kPerLane = N / 32;
+__device__ __forceinline__ ColumnOrder OrderColumns(const int (&levels)[N / 32], int lane,
+                                                    uint8_t* tokens) {
   const uint32_t before = (1u << lane) - 1;
-  ColumnOrder<N> order{};
+  ColumnOrder order{};
   int end = 0;
 #pragma unroll
   for (int level = kNumLevels; level >= 0; --level) {
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
+    for (int i = 0; i < N / 32; ++i) {
       const uint32_t here = __ballot_sync(~0u, levels[i] == level);
-      if (levels[i] == level) order.places[i] = end + __popc(here & before);
+      if (levels[i] == level) {
+        tokens[end + __popc(here & before)] = static_cast<uint8_t>(lane + 32 * i);
+      }
       end += __popc(here);
     }
     if (level > 0) order.ends |= static_cast<uint32_t>(end) << (8 * (level - 1));
   }
-  order.ends = __shfl_sync(~0u, order.ends, 0);  // the same for all lanes, as the compiler sees
   return order;
-}
-
-template <int N>
-__device__ __forceinline__ ColumnOrder<N> OrderColumns(const SlicedProblem& p, int segment,
-                                                       int first_token, int lane) {
-  int levels[N / 32] = {};
-#pragma unroll
-  for (int i = 0; i < N / 32; ++i) {
-    const int token = first_token + lane + 32 * i;
-    if (token >= p.num_tokens) continue;
-    const int level = __ldcg(p.levels + segment * p.levels_stride + token);
-    levels[i] = min(max(level, 1), kNumLevels);
-  }
-  return OrderColumns<N>(levels, lane);
 }
 
 }  // namespace mobi::cuda

@@ -13,9 +13,9 @@ namespace mobi::cuda {
 constexpr int DivideUp(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
 // Enqueues a kernel without clusters.
-template <typename Kernel, typename Plan>
+template <typename Kernel, typename... Params>
 cudaError_t LaunchSliced(const SlicedMatmulLaunch& launch, Kernel* kernel, dim3 blocks, int threads,
-                         int shared_bytes, const SlicedProblem& problem, const Plan& plan) {
+                         int shared_bytes, const Params&... params) {
   if (shared_bytes > 48 * 1024) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
@@ -31,7 +31,7 @@ cudaError_t LaunchSliced(const SlicedMatmulLaunch& launch, Kernel* kernel, dim3 
   config.stream = launch.stream;
   config.attrs = &attribute;
   config.numAttrs = launch.pdl ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, problem, plan);
+  return cudaLaunchKernelEx(&config, kernel, params...);
 }
 
 }  // namespace mobi::cuda

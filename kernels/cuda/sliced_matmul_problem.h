@@ -14,6 +14,8 @@
 
 namespace mobi::cuda {
 
+struct RouteParams;  // kernels/cuda/route.cuh
+
 struct SlicedProblem {
   const uint4* slices[kNumSlices];  // 32 per tile of 16 x 128
   const uint4* scales[kNumLevels];  // 4 per tile
@@ -55,8 +57,9 @@ cudaError_t LaunchSlicedBatch90(const SlicedMatmulLaunch& launch, const SlicedPr
 // Enqueues what leaves these tokens' x in the images.
 using LeaveImages =
     absl::FunctionRef<cudaError_t(const SlicedProblem& some, const BatchImages& images)>;
+// route: with losses, which are there when x is, if levels are still to be chosen.
 cudaError_t LaunchSlicedBatch90(const SlicedMatmulLaunch& launch, const SlicedProblem& problem,
-                                LeaveImages leave_images);
+                                const RouteParams& route, LeaveImages leave_images);
 // True: it can take all of these tokens, and calls leave_images once.
 bool CanBeOneRoundOfBatch90(const SlicedMatmulLaunch& launch, const SlicedProblem& problem);
 cudaError_t LaunchSlicedPrefill(const SlicedMatmulLaunch& launch, const SlicedProblem& problem,
