@@ -223,29 +223,25 @@ __device__ __forceinline__ void AddTurns(const RouteParams& p, const TokenRows<T
   }
 }
 
-// residual += delta for this lane's elements, then the cluster's sums of squares: scales[n] is
-// 1 / rms of token 8 n + g. kept: the last token's elements of the first turns.
-template <typename T, int kTokenTiles, int kTurns, typename Shared>
-__device__ __forceinline__ void AddAndMeasure(const RouteParams& p, int first_token, int count,
-                                              int first_col, int turns, int rank, Shared& s,
-                                              uint4 (&kept)[kTurns], float (&scales)[kTokenTiles]) {
-  constexpr int kTokens = 8 * kTokenTiles;
+// residual += delta for this lane's elements of token g, then the cluster's sums of squares: 1 /
+// rms of the token. kept: its elements of the first turns.
+template <typename T, int kTurns, typename Shared>
+__device__ __forceinline__ float AddAndMeasure(const RouteParams& p, const TokenRows<T>& rows,
+                                               int count, int first_col, int turns, int rank,
+                                               Shared& s, uint4 (&kept)[kTurns]) {
+  constexpr int kTokens = 8;
   const int tid = static_cast<int>(threadIdx.x), warp = tid / 32;
   const int g = tid % 32 / 4, t = tid % 4;
-#pragma unroll
-  for (int n = 0; n < kTokenTiles; ++n) {
-    float squares = 0;
-    if (8 * n + g < count) {
-      const TokenRows<T> rows(p, first_token + 8 * n + g, first_col);
-      AddTurns<T>(p, rows, first_col, 0, turns, kept, &squares);
-      for (int first = kTurns; first < turns; first += kTurns) {
-        uint4 others[kTurns];
-        AddTurns<T>(p, rows, first_col, first, turns, others, &squares);
-      }
+  float squares = 0;
+  if (g < count) {
+    AddTurns<T>(p, rows, first_col, 0, turns, kept, &squares);
+    for (int first = kTurns; first < turns; first += kTurns) {
+      uint4 others[kTurns];
+      AddTurns<T>(p, rows, first_col, first, turns, others, &squares);
     }
-    squares = QuadSum(squares);
-    if (t == 0) s.sums[warp][8 * n + g][0] = squares;
   }
+  squares = QuadSum(squares);
+  if (t == 0) s.sums[warp][g][0] = squares;
   __syncthreads();
   for (int e = tid; e < kRouteRanks * kTokens; e += kRouteThreads) {
     const int token = e % kTokens;
@@ -257,13 +253,10 @@ __device__ __forceinline__ void AddAndMeasure(const RouteParams& p, int first_to
   }
   ptx::WaitCopies<0>();  // of the norm's weights, for all threads after the barrier
   ClusterSync();
+  float sum = 0;
 #pragma unroll
-  for (int n = 0; n < kTokenTiles; ++n) {
-    float sum = 0;
-#pragma unroll
-    for (int r = 0; r < kRouteRanks; ++r) sum += s.squares[r][8 * n + g];
-    scales[n] = rsqrtf(sum / static_cast<float>(p.cols) + p.eps);
-  }
+  for (int r = 0; r < kRouteRanks; ++r) sum += s.squares[r][g];
+  return rsqrtf(sum / static_cast<float>(p.cols) + p.eps);
 }
 
 // The block's columns of x, from its tile into the images. Half a warp has a token's, every other
@@ -468,15 +461,15 @@ __global__ void __launch_bounds__(kRouteThreads, kTokenTiles == 1 ? 2 : 1)
     ClearArrivals(images, blockIdx.y * kRouteRanks + rank, gridDim.y * kRouteRanks);
   }
 
-  float scales[kTokenTiles] = {};
-  uint4 residual[kTurns];  // of the token in a tile that is the only one
+  const auto rows = [&](int n) { return TokenRows<T>(p, first_token + 8 * n + g, first_col); };
+  float scale = 0;
+  uint4 residual[kTurns];
   if constexpr (kNorm) {
-    AddAndMeasure<T, kTokenTiles>(p, first_token, count, first_col, turns, rank, s, residual,
-                                  scales);
+    static_assert(kTokenTiles == 1);
+    scale = AddAndMeasure<T>(p, rows(0), count, first_col, turns, rank, s, residual);
   }
   float sums[kHiddenTiles][kTokenTiles][4] = {};
   float squares[kTokenTiles] = {};
-  const auto rows = [&](int n) { return TokenRows<T>(p, first_token + 8 * n + g, first_col); };
   const auto is_there = [&](int n, int turn) {
     return 8 * n + g < count && turn < turns && first_col + turn * kColsPerTurn < p.cols;
   };
@@ -496,7 +489,7 @@ __global__ void __launch_bounds__(kRouteThreads, kTokenTiles == 1 ? 2 : 1)
   };
   for (int first = 0; first < turns; first += kTurns) {
     if (first > 0) weights.Fetch(first, turns);
-    const bool at_hand = kNorm && kTokenTiles == 1 && first == 0;
+    const bool at_hand = kNorm && first == 0;
 #pragma unroll
     for (int i = 0; i < kTurns; ++i) {
       const int turn = first + i;
@@ -511,7 +504,7 @@ __global__ void __launch_bounds__(kRouteThreads, kTokenTiles == 1 ? 2 : 1)
             at_hand ? RawElements{residual[i], {}} : of_turns[i % kAhead][n];
         const int of_block = first_col - block_col + turn * kColsPerTurn;
         float v[8];
-        MakeInput<T, kInput>(of_turn, columns.norm + of_block, scales[n],
+        MakeInput<T, kInput>(of_turn, columns.norm + of_block, scale,
                              rows(n).x + turn * kColsPerTurn, v);
         x[n] = AsHalves<T>(v, &squares[n]);
         if (!leaves_images) continue;
@@ -584,9 +577,6 @@ cudaError_t LaunchInput(const LaunchContext& context, const RouteParams& params,
     if (params.num_hidden > kMaxFusedRouterHidden) {
       return LaunchTiles<T, kInput, 4, 2, 2, true>(context, params, images);
     }
-  }
-  if (params.batch.num_tokens > kFewRoutedTokens) {
-    return LaunchTiles<T, kInput, 2, 4, 4, true>(context, params, images);
   }
   return TurnsOf(params.cols) <= 2 ? LaunchTiles<T, kInput, 2, 1, 2, true>(context, params, images)
                                    : LaunchTiles<T, kInput, 2, 1, 4, true>(context, params, images);
