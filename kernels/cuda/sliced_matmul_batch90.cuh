@@ -18,10 +18,7 @@
 #include <cuda/atomic>
 
 #include "kernels/cuda/ptx.cuh"
-#include "kernels/cuda/sliced_matmul_batch90_choice.cuh"
-#include "kernels/cuda/sliced_matmul_batch90_image.cuh"
-#include "kernels/cuda/sliced_matmul_batch90_order.cuh"
-#include "kernels/cuda/sliced_matmul_decode90_plan.cuh"
+#include "kernels/cuda/sliced_matmul_batch90_block.cuh"
 #include "kernels/cuda/sliced_matmul_exchange.cuh"
 #include "kernels/cuda/sliced_matmul_unpack.cuh"
 #include "kernels/cuda/wgmma.cuh"
@@ -29,205 +26,45 @@
 
 namespace mobi::cuda {
 
-inline constexpr int kBatchWarpgroups = 4;
-// One more asks for x, and gives registers to those that multiply: together they are what 96 for
-// each would be.
-inline constexpr int kBatchThreads = 128 * (kBatchWarpgroups + 1);
-inline constexpr int kBatchRegisters = 112, kBatchFeederRegisters = 32;
-static_assert(kBatchWarpgroups * kBatchRegisters + kBatchFeederRegisters <= 5 * 96);
-inline constexpr int kHalfTokens = kImageTokens;  // that are multiplied at a time
-inline constexpr int kHalfTiles = kHalfTokens / 4;
-inline constexpr int kFeedBarrier = kBatchWarpgroups + 1;  // after those of AddParts
-
-// Shared memory: stages of x, of terms, rings, sums, then what is small.
 template <int N>
-struct Batch90Shared {
-  static constexpr int kTermBytes = N * sizeof(WholeTerms);
-  static constexpr int kSumBytes = N * kUnitRows * 4;  // of a unit
-  static constexpr int kMostStages = 8;
-  static constexpr int kSmall = N + 2 * kMostStages * 8 + 4;
-  static constexpr int kRings = 4 * kBatchWarpgroups * kStages * kWarpStageBytes;
-
-  static constexpr int Bytes(int x_stages, bool splits) {
-    return x_stages * (kGroupBytes<N> + kTermBytes) + kRings +
-           (splits ? 0 : kBatchWarpgroups * kSumBytes) + kSmall;
-  }
-};
-
-template <int N>
-struct BatchWarp90 {
+struct BatchWarp90 : BatchBlock90<N> {
+  using Base = BatchBlock90<N>;
   using Shared = Batch90Shared<N>;
-  static constexpr int kHalves = N / kHalfTokens;
+  using Base::first_token;
+  using Base::FirstGroup;
+  using Base::FirstPart;
+  using Base::Full;
+  using Base::group;
+  using Base::kHalves;
+  using Base::lane;
+  using Base::last_tile;
+  using Base::num_tokens;
+  using Base::order;
+  using Base::own;
+  using Base::p;
+  using Base::Parts;
+  using Base::plan;
+  using Base::row_tile;
+  using Base::segment;
+  using Base::shared;
+  using Base::split;
+  using Base::Thread;
+  using Base::TokensAt;
+  using Base::unit;
+  using Base::units;
+  using Base::warp;
+  using Base::warpgroup;
+  using Base::x_parity;
+  using Base::x_stage;
   static constexpr int kVectors = N / 8;  // of four of a lane's sums
 
-  const SlicedProblem& p;
-  const Batch90Plan& plan;
-  uint8_t* shared;
-  int lane, warp, own, warpgroup;  // own: the warp's place in its warpgroup, its tile of a unit
-  int split, first_token, num_tokens;
-  int segment, units;       // the block's segment, and its units
-  int row_tile, last_tile;  // this warp's; the segment's last
-  int64_t unit;             // of this warpgroup among all, of all blocks of tokens
-  uint32_t ring;            // this lane's 16 bytes of its warp's, a shared address
-  int group, end;           // the group that comes next, and where the block's columns end
-  ColumnOrder order;
-
-  // Offsets in shared memory.
-  __device__ __forceinline__ int TermsAt() const { return plan.x_stages * kGroupBytes<N>; }
-  __device__ __forceinline__ int RingAt() const {
-    return TermsAt() + plan.x_stages * Shared::kTermBytes;
-  }
-  __device__ __forceinline__ int SumsAt() const { return RingAt() + Shared::kRings; }
-  __device__ __forceinline__ int SmallAt() const {
-    return SumsAt() + (plan.splits_log > 0 ? 0 : kBatchWarpgroups * Shared::kSumBytes);
-  }
-  __device__ __forceinline__ uint8_t* TokensAt() const {  // of the columns
-    return shared + SmallAt() + 2 * Shared::kMostStages * 8;
-  }
-  __device__ __forceinline__ uint32_t* OrderAt() const {
-    return reinterpret_cast<uint32_t*>(TokensAt() + N);
-  }
-  __device__ __forceinline__ uint32_t Full(int stage) const {
-    return ptx::SharedAddress(shared) + SmallAt() + stage * 8;
-  }
-  __device__ __forceinline__ uint32_t Empty(int stage) const {
-    return Full(stage + Shared::kMostStages);
-  }
+  uint32_t ring;  // this lane's 16 bytes of its warp's, a shared address
 
   __device__ __forceinline__ BatchWarp90(const SlicedProblem& p, const Batch90Plan& plan,
                                          uint8_t* shared)
-      : p(p), plan(plan), shared(shared) {
-    lane = ptx::LaneId();
-    warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // the same for all lanes, as the compiler sees
-    own = warp % 4;
-    warpgroup = warp / 4;
-    split = blockIdx.x & ((1 << plan.splits_log) - 1);
-    const int tile = blockIdx.x >> plan.splits_log;
-    segment = (tile >= plan.segment_tiles[0]) + (tile >= plan.segment_tiles[1]);
-    const int first_of_segment = segment == 0 ? 0 : p.segment_tiles[segment - 1];
-    const int of_segment = tile - (segment == 0 ? 0 : plan.segment_tiles[segment - 1]);
-    const int first = first_of_segment + of_segment * plan.tile_units * kUnitTiles;
-    last_tile = p.segment_tiles[segment] - 1;
-    units = min(plan.tile_units, (last_tile - first) / kUnitTiles + 1);
-    row_tile = first + warp;
-    const int tiles = gridDim.x >> plan.splits_log;
-    unit = (int64_t{blockIdx.y} * tiles + tile) * plan.tile_units + warpgroup;
-    group = FirstGroup(FirstPart());
-    end = FirstGroup(FirstPart() + Parts());
-    ring = ptx::SharedAddress(shared) + RingAt() + warp * kStages * kWarpStageBytes + lane * 16;
-    first_token = blockIdx.y * N;
-    num_tokens = min(p.num_tokens - first_token, N);
-  }
-
-  __device__ __forceinline__ int Parts() const { return kParts >> plan.splits_log; }
-  __device__ __forceinline__ int FirstPart() const { return split * Parts(); }
-  __device__ __forceinline__ int FirstGroup(int part) const { return p.groups * part >> kPartsLog; }
-
-  // ---- x, a group at a time for all warpgroups.
-
-  __device__ __forceinline__ void MakeBarriers() const {
-    if (threadIdx.x != 0) return;
-    for (int i = 0; i < plan.x_stages; ++i) {
-      ptx::BarrierInit(Full(i), 1);
-      ptx::BarrierInit(Empty(i), 4 * units);
-    }
-    ptx::FenceBarrierInit();
-  }
-
-  // The first token of a half's group in the images.
-  __device__ __forceinline__ int64_t ImageOf(int half, int g) const {
-    return (int64_t{blockIdx.y * kHalves + half} * p.groups + g) * kHalfTokens;
-  }
-
-  // Calls ask(group) for one after another, each when its stage is free.
-  template <typename Ask>
-  __device__ __forceinline__ void Feed(const Ask& ask) {
-    uint32_t full_before = 1;  // the parity of a phase that no stage waits for
-    for (int g = group; g < end; ++g) {
-      ptx::BarrierWait(Empty(x_stage), full_before);
-      ask(g);
-      if (++x_stage == plan.x_stages) {
-        x_stage = 0;
-        full_before ^= 1;
-      }
-    }
-  }
-
-  // All tokens at one level are in the images' order. By one thread, which no product waits for, as
-  // it would in one of the warps that multiply.
-  __device__ __forceinline__ void FeedImages() {
-    const uint32_t base = ptx::SharedAddress(shared);
-    Feed([&](int g) {
-      const uint32_t full = Full(x_stage);
-      ptx::BarrierArriveExpecting(full, kGroupBytes<N> + Shared::kTermBytes);
-#pragma unroll
-      for (int half = 0; half < kHalves; ++half) {
-        constexpr int kBytes = kGroupBytes<kHalfTokens>, kTerms = Shared::kTermBytes / kHalves;
-        const int64_t from = ImageOf(half, g);
-        ptx::BulkCopy(base + x_stage * kGroupBytes<N> + half * kBytes,
-                      plan.x.bytes + from * kImageTokenBytes, kBytes, full);
-        ptx::BulkCopy(base + TermsAt() + x_stage * Shared::kTermBytes + half * kTerms,
-                      plan.x.terms + from, kTerms, full);
-      }
-    });
-  }
-
-  // Mixed levels: a warpgroup brings tokens to their columns.
-  __device__ __forceinline__ void FeedColumns() {
-    int last = -1;  // the stage that is under way
-    const auto hand_over = [&] {
-      ptx::FenceAsyncProxy();
-      ptx::NamedBarrier(kFeedBarrier, 128);
-      if (Thread() == 0) ptx::BarrierArrive(Full(last));
-    };
-    Feed([&](int g) {
-      AskColumns(g);
-      ptx::CommitCopies();
-      if (last >= 0) {
-        ptx::WaitCopies<1>();
-        hand_over();
-      }
-      last = x_stage;
-    });
-    ptx::WaitCopies<0>();
-    hand_over();
-  }
-
-  // Sixteen threads have a token's bytes. A chunk's place depends on its column (WriteForWgmma).
-  __device__ __forceinline__ void AskColumns(int g) const {
-    const uint32_t to = ptx::SharedAddress(shared) + x_stage * kGroupBytes<N>;
-    const int chunk = Thread() % 16;
-    for (int column = Thread() / 16; column < N; column += 8) {
-      const int token = TokensAt()[column];
-      const int from = chunk ^ ((token ^ column) % 4 * 2);
-      const int64_t at = ImageOf(token / kHalfTokens, g) + token % kHalfTokens;
-      ptx::CopyAsync16(to + column * kImageTokenBytes + chunk * 16,
-                       plan.x.bytes + at * kImageTokenBytes + from * 16);
-    }
-    if (Thread() >= N) return;
-    const int column = Thread(), token = TokensAt()[column];
-    const auto place = [](int c) {
-      return c / kHalfTokens * kHalfTokens + TermsPlace(c % kHalfTokens);
-    };
-    ptx::CopyAsync8(
-        ptx::SharedAddress(shared) + TermsAt() + x_stage * Shared::kTermBytes +
-            place(column) * static_cast<int>(sizeof(WholeTerms)),
-        plan.x.terms + ImageOf(token / kHalfTokens, g) + TermsPlace(token % kHalfTokens));
-  }
-
-  // Of the group that is multiplied.
-  int x_stage = 0;
-  uint32_t x_parity = 0;
-
-  // This warp has read the group, and goes on to the next.
-  __device__ __forceinline__ void ReleaseX() {
-    __syncwarp();
-    if (lane == 0) ptx::BarrierArrive(Empty(x_stage));
-    ++group;
-    if (++x_stage == plan.x_stages) {
-      x_stage = 0;
-      x_parity ^= 1;
-    }
+      : Base(p, plan, shared) {
+    ring =
+        ptx::SharedAddress(shared) + this->RingAt() + warp * kStages * kWarpStageBytes + lane * 16;
   }
 
   // ---- Weights, through the warp's ring. A lane reads what it has copied itself, but for ranges.
@@ -276,7 +113,7 @@ struct BatchWarp90 {
       AskRanges(level, to + kWarpStageScales, count);
       return;
     }
-    const int highest = HighestLevel();
+    const int highest = order.HighestLevel();
 #pragma unroll
     for (int s = 0; s < kNumSlices; ++s) {
       if (s >= highest) break;
@@ -304,7 +141,7 @@ struct BatchWarp90 {
   }
 
   __device__ __forceinline__ const uint8_t* StageData() const {
-    return shared + RingAt() + warp * kStages * kWarpStageBytes + stage;
+    return shared + this->RingAt() + warp * kStages * kWarpStageBytes + stage;
   }
 
   __device__ __forceinline__ void AwaitStage() const {
@@ -377,9 +214,9 @@ struct BatchWarp90 {
 
   // Of tiles 2 i and 2 i + 1 of a half: {step, sum} of each.
   __device__ __forceinline__ float4 LoadTerms(int half, int i) const {
-    return *reinterpret_cast<const float4*>(shared + TermsAt() + x_stage * Shared::kTermBytes +
-                                            (half * kHalfTokens + i * 8 + lane % 4 * 2) *
-                                                sizeof(WholeTerms));
+    return *reinterpret_cast<const float4*>(
+        shared + this->TermsAt() + x_stage * Shared::kTermBytes +
+        (half * kHalfTokens + i * 8 + lane % 4 * 2) * sizeof(WholeTerms));
   }
 
   static __device__ __forceinline__ void Promote(const uint32_t* d, float step, float sum,
@@ -412,12 +249,6 @@ struct BatchWarp90 {
   }
 
   // ---- Mixed levels: columns are ordered by them, the highest first.
-
-  __device__ __forceinline__ int HighestLevel() const {
-    return 1 + (order.End(2) > 0) + (order.End(3) > 0) + (order.End(4) > 0);
-  }
-
-  __device__ __forceinline__ bool IsMixed() const { return order.End(HighestLevel()) < num_tokens; }
 
   // The level of a column that is there.
   __device__ __forceinline__ int LevelAt(int column) const {
@@ -477,7 +308,6 @@ struct BatchWarp90 {
   static __device__ __forceinline__ void Add(const float4& more, float4& to) {
     to = make_float4(to.x + more.x, to.y + more.y, to.z + more.z, to.w + more.w);
   }
-  __device__ __forceinline__ int Thread() const { return own * 32 + lane; }
   __device__ __forceinline__ float4* SumsOf(int part) const {
     return plan.sums + (unit * kParts + part) * kVectors * 128;
   }
@@ -510,9 +340,10 @@ struct BatchWarp90 {
   __device__ __forceinline__ void FinishPart(int part, Outputs& y) const {
     const bool splits = plan.splits_log > 0;
     float4* const sums =
-        splits ? SumsOf(part) + Thread()
-               : reinterpret_cast<float4*>(shared + SumsAt() + warpgroup * Shared::kSumBytes) +
-                     Thread();
+        splits
+            ? SumsOf(part) + Thread()
+            : reinterpret_cast<float4*>(shared + this->SumsAt() + warpgroup * Shared::kSumBytes) +
+                  Thread();
     if (splits) {
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) __stcg(sums + v * 128, VectorOf(y, v));
@@ -581,7 +412,7 @@ struct BatchWarp90 {
           } else {
             MultiplyGroup<level>(from, i, y);
           }
-          ReleaseX();
+          this->ReleaseX(level == 0);
         }
         ReleaseStage<level>();
       }
@@ -589,70 +420,18 @@ struct BatchWarp90 {
     }
   }
 
-  // ---- Levels, by a warp of those that do not multiply.
-
-  static constexpr int kBlockLevels = N / 32;  // of a lane
-
-  __device__ __forceinline__ void ReadLevels(int (&levels)[kBlockLevels]) const {
-#pragma unroll
-    for (int i = 0; i < kBlockLevels; ++i) {
-      const int token = lane + 32 * i;
-      levels[i] = 0;
-      if (token >= num_tokens) continue;
-      const int level = __ldcg(p.levels + segment * p.levels_stride + first_token + token);
-      levels[i] = min(max(level, 1), kNumLevels);
-    }
-  }
-
-  // Those of all tokens, of which the block has some.
-  __device__ __forceinline__ void ChooseLevels(const BatchChoice& choice,
-                                               int (&levels)[kBlockLevels]) const {
-    int of_all[BatchChoice::kPerLane];
-    choice.Choose(segment, of_all);
-#pragma unroll
-    for (int i = 0; i < kBlockLevels; ++i) {
-#pragma unroll
-      for (int k = i; k < BatchChoice::kPerLane; k += kBlockLevels) {
-        if (first_token + 32 * i == 32 * k) levels[i] = of_all[k];
-      }
-    }
-    const bool first_of_segment =
-        static_cast<int>(blockIdx.x) ==
-        (segment == 0 ? 0 : plan.segment_tiles[segment - 1] << plan.splits_log);
-    if (first_of_segment && blockIdx.y == 0) choice.Publish(segment, of_all);
-  }
-
-  // The previous kernel has ended when they are asked for.
-  __device__ __forceinline__ void OrderTokens(const RouteParams& route) const {
-    int levels[kBlockLevels];
-    if (route.losses != nullptr) {
-      const BatchChoice choice(route, lane);
-      ptx::WaitForPrevious();
-      ChooseLevels(choice, levels);
-    } else {
-      ptx::WaitForPrevious();
-      ReadLevels(levels);
-    }
-    const ColumnOrder of_tokens = OrderColumns<N>(levels, lane, TokensAt());
-    if (lane == 0) *OrderAt() = of_tokens.ends;
-  }
-
   __device__ __forceinline__ void Run(const RouteParams& route) {
-    MakeBarriers();
     if (warp == 4 * kBatchWarpgroups) {
-      OrderTokens(route);
+      this->OrderTokens(route);
     } else {
       ptx::WaitForPrevious();
     }
     __syncthreads();
-    order.ends = __shfl_sync(~0u, *OrderAt(), 0);  // the same for all lanes, as the compiler sees
+    order.ends =
+        __shfl_sync(~0u, *this->OrderAt(), 0);  // the same for all lanes, as the compiler sees
     if (warpgroup == kBatchWarpgroups) {
       ptx::GiveRegisters<kBatchFeederRegisters>();
-      if (IsMixed()) {
-        FeedColumns();
-      } else if (Thread() == 0) {
-        FeedImages();
-      }
+      this->FeedX();
       return;
     }
     ptx::TakeRegisters<kBatchRegisters>();
@@ -667,8 +446,8 @@ struct BatchWarp90 {
   }
 
   __device__ __forceinline__ void RunAtLevels(Outputs& y) {
-    if (IsMixed()) return RunAtLevel<0>(y);
-    switch (HighestLevel()) {
+    if (order.IsMixed(num_tokens)) return RunAtLevel<0>(y);
+    switch (order.HighestLevel()) {
       case 1:
         return RunAtLevel<1>(y);
       case 2:

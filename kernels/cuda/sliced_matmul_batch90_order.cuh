@@ -34,6 +34,12 @@ struct ColumnOrder {
   __device__ __forceinline__ int Begin(int level) const {
     return level == kNumLevels ? 0 : End(level + 1);
   }
+  __device__ __forceinline__ int HighestLevel() const {
+    return 1 + (End(2) > 0) + (End(3) > 0) + (End(4) > 0);
+  }
+  __device__ __forceinline__ bool IsMixed(int num_tokens) const {
+    return End(HighestLevel()) < num_tokens;
+  }
 };
 
 // By a warp. levels: of the block's tokens lane + 32 i; 0 where there is none. tokens[column]: the
