@@ -308,7 +308,7 @@ struct DecodeAttention {
     }
   }
 
-  // The output's row of this lane's i-th head, at this warp's dims.
+  // Where the group's output begins.
   __device__ __forceinline__ T* Out() const {
     return static_cast<T*>(p.out) + query * p.out_stride + int64_t{kv_head} * p.group * kHeadDim;
   }

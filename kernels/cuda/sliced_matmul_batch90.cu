@@ -93,7 +93,7 @@ template <int N>
 cudaError_t LaunchProduct(const SlicedMatmulLaunch& launch, const SlicedProblem& problem,
                           const RouteParams& route, Batch90Plan& plan) {
   const bool splits = plan.splits_log > 0;
-  static_assert(Batch90Shared<N>::Bytes(2, false) <= kSharedBytes);  // BatchWarp90::FeedColumns
+  static_assert(Batch90Shared<N>::Bytes(2, false) <= kSharedBytes);  // BatchBlock90::FeedColumns
   plan.x_stages = Batch90Shared<N>::kMostStages;
   while (Batch90Shared<N>::Bytes(plan.x_stages, splits) > kSharedBytes) --plan.x_stages;
   const int tiles = plan.segment_tiles[kMaxSegments - 1];

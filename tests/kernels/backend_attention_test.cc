@@ -109,6 +109,7 @@ constexpr AttentionShape kShapes[] = {
     {.num_heads = 3, .num_kv_heads = 3, .head_dim = 128, .block_size = 16},
     {.num_heads = 8, .num_kv_heads = 2, .head_dim = 128, .block_size = 8},
     {.num_heads = 2, .num_kv_heads = 1, .head_dim = 32, .block_size = 64},
+    {.num_heads = 4, .num_kv_heads = 2, .head_dim = 64, .block_size = 12},
 };
 
 std::string Describe(const AttentionShape& shape) {
