@@ -252,11 +252,11 @@ TEST_P(BackendSequence, RouteThenMatmulThenAddRmsNorm) {
                         {kSwiGlu, 1, 1, 32, 14336, {144}},
                         {kSwiGlu, 13, 5, 32, 6144, {1600}},
                         {kAddNorm, 9, 9, 32, 2048, {96}},
-                        {kAddNorm, 17, 17, 32, 4096, {512, 128, 128}},
+                        {kAddNorm, 17, 17, 32, 4096, {256, 64, 64}},
                         {kNorm, 40, 25, 20, 1024, {96, 16}},
-                        {kPlain, 33, 0, 17, 4096, {64, 2000}},
-                        {kSwiGlu, 64, 64, 32, 14336, {144}},
-                        {kAddNorm, 128, 100, 32, 10240, {16, 16, 1600}},
+                        {kPlain, 33, 0, 17, 2048, {64, 400}},
+                        {kSwiGlu, 64, 64, 32, 14336, {48}},
+                        {kAddNorm, 128, 100, 32, 10240, {16, 16, 96}},
                         {kSwiGlu, 70, 1, 9, 3200, {208}},
                         {kPlain, 130, 130, 32, 2048, {80}}}) {
     const std::string what = std::to_string(c.tokens) + " tokens, " + std::to_string(c.cols) +
