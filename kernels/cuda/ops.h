@@ -16,7 +16,8 @@ namespace mobi::cuda {
 inline constexpr int64_t kMaxNormColumns = 16384;
 inline constexpr int kMaxRouterHidden = 64;
 inline constexpr int kMaxFusedRouterHidden = 32;
-// Up to how many tokens the router has a cluster for every eight; beyond, fewer read W1 for more.
+// Up to how many tokens the router keeps prices and limits at hand, and may leave the choice of
+// levels to the matmul.
 inline constexpr int kFewRoutedTokens = 128;
 
 // out[i] = table[ids[i]], any float types. Embed and GatherRows.

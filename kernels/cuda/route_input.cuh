@@ -316,8 +316,7 @@ __device__ __forceinline__ void MakeAndMultiply(const RouteParams& p, const Rout
   const auto is_there = [&](int n, int turn) {
     return 8 * n + g < tile.count && tile.Has(p, turn);
   };
-  // Of few tokens several turns are asked for at once: what follows stores, and no load overtakes
-  // it.
+  // Of one tile several turns are asked for at once: what follows stores, and no load overtakes it.
   constexpr int kAhead = kTokenTiles == 1 ? kTurns : 1;
   RawElements of_turns[kAhead][kTokenTiles];
   const auto load = [&](int turn) {
