@@ -109,11 +109,16 @@ __device__ __forceinline__ void Store8(T* p, int64_t valid, bool vector, const f
   }
 }
 
+__device__ __forceinline__ float Exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // x / (1 + e^-x), by approximations whose errors are a few of fp32's units; no denormals.
 __device__ __forceinline__ float Silu(float x) {
-  float power, inverse;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * -1.4426950408889634f));
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1.0f + power));
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1.0f + Exp2(x * -1.4426950408889634f)));
   return x * inverse;
 }
 
