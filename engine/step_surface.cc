@@ -5,7 +5,7 @@
 #include <utility>
 
 #include "engine/base/status_macros.h"
-#include "engine/decode_bench.h"
+#include "engine/step_bench.h"
 
 namespace mobi {
 namespace {
@@ -14,7 +14,7 @@ constexpr size_t kMinRounds = 3;
 
 // Twice before: the first run may search a price, and a backend may record a step the second time
 // that it runs.
-absl::StatusOr<double> TimeStep(DecodeBench& bench, int sequences, float bits, const Clock& clock) {
+absl::StatusOr<double> TimeStep(StepBench& bench, int sequences, float bits, const Clock& clock) {
   MOBI_RETURN_IF_ERROR(bench.Set(sequences, bits));
   MOBI_RETURN_IF_ERROR(bench.Run());
   const TimePoint begin = clock.Now();
@@ -22,7 +22,7 @@ absl::StatusOr<double> TimeStep(DecodeBench& bench, int sequences, float bits, c
   return ToMillis(clock.Now() - begin);
 }
 
-absl::StatusOr<SurfaceRow> MeasureRow(DecodeBench& bench, int sequences,
+absl::StatusOr<SurfaceRow> MeasureRow(StepBench& bench, int sequences,
                                       const SurfaceOptions& options, const Clock& clock) {
   std::vector<std::vector<double>> samples(options.bits.size());
   const Duration least = options.per_point * static_cast<int64_t>(options.bits.size());
@@ -52,11 +52,11 @@ absl::StatusOr<std::vector<SurfaceRow>> MeasureSurface(
     return absl::InvalidArgumentError("a surface needs bits and sequences");
   }
   const TimePoint begin = clock.Now();
-  MOBI_ASSIGN_OR_RETURN(const std::unique_ptr<DecodeBench> bench,
-                        DecodeBench::Create({.max_seqs = options.sequences.back(),
-                                             .context = options.context,
-                                             .coherent = options.coherent},
-                                            model, source));
+  MOBI_ASSIGN_OR_RETURN(const std::unique_ptr<StepBench> bench,
+                        StepBench::Create({.max_seqs = options.sequences.back(),
+                                           .context = options.context,
+                                           .coherent = options.coherent},
+                                          model, source));
   std::vector<SurfaceRow> rows;
   Duration last{};
   for (const int sequences : options.sequences) {

@@ -1,4 +1,4 @@
-// Step latency over bits and sequences, measured with a DecodeBench: what a server's controller
+// Step latency over bits and sequences, measured with a StepBench: what a server's controller
 // needs to know so as not to spend quality where it buys no latency. For `mobi-bench surface`, and
 // for a server that measures itself before it serves. Bits take turns, so that whatever else the
 // machine does meets all of them alike. One thread; the model must not be in use elsewhere.
@@ -32,7 +32,7 @@ struct SurfaceRow {
   std::vector<double> milliseconds;  // medians, one for each of the bits
 };
 
-// `on_row` hears every row when it is done; may be empty. Errors are DecodeBench's.
+// `on_row` hears every row when it is done; may be empty. Errors are StepBench's.
 absl::StatusOr<std::vector<SurfaceRow>> MeasureSurface(
     const Model& model, const WeightSource& source, const SurfaceOptions& options,
     const Clock& clock, const std::function<void(const SurfaceRow&)>& on_row);

@@ -37,6 +37,7 @@ ABSL_FLAG(std::string, device, "cpu", "cpu, cuda or auto");
 ABSL_FLAG(int, threads, 0, "CPU threads; 0: one per usable core");
 ABSL_FLAG(std::vector<std::string>, bits, {}, "average bits, 2 to 8 (step, surface)");
 ABSL_FLAG(std::vector<std::string>, sequences, {}, "sequences in a step (step, surface)");
+ABSL_FLAG(int, chunk, 1, "tokens of each sequence in a step; 1: decodes, more: prompts (step)");
 ABSL_FLAG(int, context, 512, "tokens that each sequence attends to (step, surface)");
 ABSL_FLAG(std::string, routing, "",
           "token: every token for itself; coherent: a step's tokens share levels; default: token "
@@ -55,7 +56,7 @@ using Json = nlohmann::json;
 
 constexpr char kUsage[] =
     "mobi-bench step|linears|surface [flags]\n"
-    "  step     whole decode steps by part, beside the time that their bytes take\n"
+    "  step     whole steps by part, beside the time that their bytes take\n"
     "  linears  sliced matmuls beside OpenBLAS (CPU) or cuBLAS (CUDA)\n"
     "  surface  step latency over bits and tokens, for mobi-server's controller\n";
 
@@ -136,6 +137,7 @@ absl::StatusOr<double> ReadBytesPerSecond(bool on_cpu, int threads) {
 absl::StatusOr<StepCommandOptions> StepOptions(bool on_cpu) {
   StepCommandOptions options;
   options.context = absl::GetFlag(FLAGS_context);
+  options.chunk = absl::GetFlag(FLAGS_chunk);
   const std::string routing = absl::GetFlag(FLAGS_routing);
   if (!routing.empty() && routing != "token" && routing != "coherent") {
     return absl::InvalidArgumentError(

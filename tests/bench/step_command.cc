@@ -6,7 +6,7 @@
 #include <utility>
 
 #include "engine/base/status_macros.h"
-#include "engine/decode_bench.h"
+#include "engine/step_bench.h"
 #include "engine/step_surface.h"
 #include "stopwatch.h"
 
@@ -16,17 +16,19 @@ namespace {
 using Json = nlohmann::json;
 using PartSeconds = std::array<double, kNumParts>;
 
-absl::StatusOr<std::unique_ptr<DecodeBench>> CreateBench(const Model& model,
-                                                         const WeightSource& source,
-                                                         const StepCommandOptions& options) {
+absl::StatusOr<std::unique_ptr<StepBench>> CreateBench(const Model& model,
+                                                       const WeightSource& source,
+                                                       const StepCommandOptions& options) {
   const int max_seqs = *std::max_element(options.sequences.begin(), options.sequences.end());
-  return DecodeBench::Create(
-      {.max_seqs = max_seqs, .context = options.context, .coherent = options.coherent}, model,
-      source);
+  return StepBench::Create({.max_seqs = max_seqs,
+                            .context = options.context,
+                            .chunk = options.chunk,
+                            .coherent = options.coherent},
+                           model, source);
 }
 
 // The median and the best of one step.
-absl::StatusOr<TimedCase> TimeStep(DecodeBench& bench, double seconds) {
+absl::StatusOr<TimedCase> TimeStep(StepBench& bench, double seconds) {
   absl::Status status;
   std::vector<TimedCase> cases(1);
   // Twice first: a backend may record a step the second time that it runs.
@@ -38,7 +40,7 @@ absl::StatusOr<TimedCase> TimeStep(DecodeBench& bench, double seconds) {
 }
 
 // On a backend whose ops are over when they return: the median of each part.
-absl::StatusOr<PartSeconds> PartsByClock(DecodeBench& bench, PartsBackend& parts, double seconds) {
+absl::StatusOr<PartSeconds> PartsByClock(StepBench& bench, PartsBackend& parts, double seconds) {
   std::array<std::vector<double>, kNumParts> samples;
   absl::Status status;
   std::vector<TimedCase> cases(1);
@@ -60,7 +62,7 @@ absl::StatusOr<PartSeconds> PartsByClock(DecodeBench& bench, PartsBackend& parts
 }
 
 // What a step gains when a part is left out.
-absl::StatusOr<PartSeconds> PartsByOmission(DecodeBench& bench, PartsBackend& parts, double whole,
+absl::StatusOr<PartSeconds> PartsByOmission(StepBench& bench, PartsBackend& parts, double whole,
                                             double seconds) {
   PartSeconds gains{};
   for (int i = 0; i < kNumParts; ++i) {
@@ -101,7 +103,7 @@ void PrintRow(const Json& row) {
   std::fflush(stdout);
 }
 
-absl::StatusOr<Json> TimeCase(DecodeBench& bench, PartsBackend& parts, int sequences, float bits,
+absl::StatusOr<Json> TimeCase(StepBench& bench, PartsBackend& parts, int sequences, float bits,
                               const StepCommandOptions& options) {
   MOBI_RETURN_IF_ERROR(bench.Set(sequences, bits));
   MOBI_ASSIGN_OR_RETURN(const TimedCase whole, TimeStep(bench, options.seconds));
@@ -110,6 +112,7 @@ absl::StatusOr<Json> TimeCase(DecodeBench& bench, PartsBackend& parts, int seque
               {"loaded_bits", bench.loaded_bits()},
               {"sequences", sequences},
               {"context", options.context},
+              {"chunk", options.chunk},
               {"milliseconds", whole.median_s * 1e3},
               {"best_milliseconds", whole.best_s * 1e3},
               {"cpu_milliseconds", whole.cpu_s * 1e3},

@@ -1,5 +1,5 @@
-// `mobi-bench step` and `mobi-bench surface`: whole decode steps of a model, at any bits and number
-// of sequences.
+// `mobi-bench step` and `mobi-bench surface`: whole steps of a model, at any bits and number of
+// sequences.
 #ifndef MOBI_TESTS_BENCH_STEP_COMMAND_H_
 #define MOBI_TESTS_BENCH_STEP_COMMAND_H_
 
@@ -17,6 +17,7 @@ struct StepCommandOptions {
   std::vector<float> bits;
   std::vector<int> sequences;
   int context = 512;
+  int chunk = 1;  // tokens of each sequence (step)
   bool coherent = false;
   bool parts = true;
   bool print = true;            // a table while it runs
@@ -25,9 +26,9 @@ struct StepCommandOptions {
 };
 
 // The model must have been loaded through `parts`. The result is an array, an object per case:
-// bits, effective_bits, loaded_bits, sequences, context, milliseconds (median), best_milliseconds,
-// cpu_milliseconds (median of all threads' processor time), floor_milliseconds, and
-// parts_milliseconds by name.
+// bits, effective_bits, loaded_bits, sequences, context, chunk, milliseconds (median),
+// best_milliseconds, cpu_milliseconds (median of all threads' processor time), floor_milliseconds,
+// and parts_milliseconds by name.
 absl::StatusOr<nlohmann::json> TimeSteps(const Model& model, const WeightSource& source,
                                          PartsBackend& parts, const StepCommandOptions& options);
 

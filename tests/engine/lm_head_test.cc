@@ -7,7 +7,7 @@
 #include <cmath>
 #include <random>
 
-#include "engine/decode_bench.h"
+#include "engine/step_bench.h"
 #include "engine/model.h"
 #include "engine/synthetic_weights.h"
 #include "kernels/numeric.h"
@@ -227,7 +227,7 @@ TEST(SlicedLmHeadBenchTest, AStepMovesTheBytesOfItsLevel) {
     ASSERT_TRUE(weights.ok()) << weights.status();
     const auto model = Model::Load(*weights, *backend, 64);
     ASSERT_TRUE(model.ok()) << model.status();
-    const auto bench = DecodeBench::Create({.max_seqs = 2, .context = 33}, **model, *weights);
+    const auto bench = StepBench::Create({.max_seqs = 2, .context = 33}, **model, *weights);
     ASSERT_TRUE(bench.ok()) << bench.status();
     ASSERT_TRUE((*bench)->Set(2, 8).ok());
     bytes_at_8[sliced] = (*bench)->StepBytes();

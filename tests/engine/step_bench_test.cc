@@ -1,4 +1,4 @@
-#include "engine/decode_bench.h"
+#include "engine/step_bench.h"
 
 #include <gtest/gtest.h>
 
@@ -7,7 +7,7 @@
 namespace mobi {
 namespace {
 
-class DecodeBenchTest : public testing::Test {
+class StepBenchTest : public testing::Test {
  protected:
   void SetUp() override {
     auto config = ConfigOfShape("llama-3.2-1b");
@@ -27,9 +27,9 @@ class DecodeBenchTest : public testing::Test {
     model_ = *std::move(model);
   }
 
-  std::unique_ptr<DecodeBench> Create(bool coherent) {
-    auto bench = DecodeBench::Create({.max_seqs = 4, .context = kContext, .coherent = coherent},
-                                     *model_, *weights_);
+  std::unique_ptr<StepBench> Create(bool coherent) {
+    auto bench = StepBench::Create({.max_seqs = 4, .context = kContext, .coherent = coherent},
+                                   *model_, *weights_);
     EXPECT_TRUE(bench.ok()) << bench.status();
     return *std::move(bench);
   }
@@ -40,7 +40,7 @@ class DecodeBenchTest : public testing::Test {
   std::unique_ptr<Model> model_;
 };
 
-TEST_F(DecodeBenchTest, WholeLevelsAreReadExactly) {
+TEST_F(StepBenchTest, WholeLevelsAreReadExactly) {
   const auto bench = Create(/*coherent=*/true);
   for (const int sequences : {1, 4}) {
     double bytes = 0;
@@ -56,7 +56,7 @@ TEST_F(DecodeBenchTest, WholeLevelsAreReadExactly) {
   }
 }
 
-TEST_F(DecodeBenchTest, BitsBetweenLevelsComeNear) {
+TEST_F(StepBenchTest, BitsBetweenLevelsComeNear) {
   for (const bool coherent : {false, true}) {
     const auto bench = Create(coherent);
     for (const int sequences : {1, 4, 1}) {
@@ -71,8 +71,26 @@ TEST_F(DecodeBenchTest, BitsBetweenLevelsComeNear) {
   }
 }
 
-TEST_F(DecodeBenchTest, AContextBeyondTheModelsIsRefused) {
-  const auto bench = DecodeBench::Create({.context = kContext + 1}, *model_, *weights_);
+TEST_F(StepBenchTest, StepsOfPromptsReadTheirBitsToo) {
+  const auto bench =
+      StepBench::Create({.max_seqs = 2, .context = kContext, .chunk = 8}, *model_, *weights_);
+  ASSERT_TRUE(bench.ok()) << bench.status();
+  for (const float bits : {2.0f, 8.0f}) {
+    ASSERT_TRUE((*bench)->Set(2, bits).ok());
+    EXPECT_FLOAT_EQ((*bench)->effective_bits(), bits);
+    EXPECT_FLOAT_EQ((*bench)->loaded_bits(), bits + 32.0 / 128);
+  }
+}
+
+TEST_F(StepBenchTest, AChunkBeyondTheContextIsRefused) {
+  for (const int chunk : {0, kContext + 1}) {
+    const auto bench = StepBench::Create({.context = kContext, .chunk = chunk}, *model_, *weights_);
+    EXPECT_EQ(bench.status().code(), absl::StatusCode::kInvalidArgument);
+  }
+}
+
+TEST_F(StepBenchTest, AContextBeyondTheModelsIsRefused) {
+  const auto bench = StepBench::Create({.context = kContext + 1}, *model_, *weights_);
   EXPECT_EQ(bench.status().code(), absl::StatusCode::kInvalidArgument);
 }
 

@@ -1,4 +1,4 @@
-#include "engine/decode_bench.h"
+#include "engine/step_bench.h"
 
 #include <cmath>
 #include <vector>
@@ -18,17 +18,22 @@ constexpr double kBitsTolerance = 0.02;
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<DecodeBench>> DecodeBench::Create(const DecodeBenchOptions& options,
-                                                                 const Model& model,
-                                                                 const WeightSource& source) {
+absl::StatusOr<std::unique_ptr<StepBench>> StepBench::Create(const StepBenchOptions& options,
+                                                             const Model& model,
+                                                             const WeightSource& source) {
   if (options.context < 1 || options.context > model.max_positions()) {
     return absl::InvalidArgumentError(absl::StrCat(
         "context ", options.context, " is not within 1 and the model's ", model.max_positions()));
   }
+  if (options.chunk < 1 || options.chunk > options.context) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "chunk ", options.chunk, " is not within 1 and the context's ", options.context));
+  }
   Backend& backend = model.backend();
   EngineOptions engine;
   engine.block_size = options.block_size;
-  engine.max_num_seqs = engine.max_num_batched_tokens = options.max_seqs;
+  engine.max_num_seqs = options.max_seqs;
+  engine.max_num_batched_tokens = options.max_seqs * options.chunk;
   engine.coherent_decode = options.coherent;
   const int blocks = (options.context + options.block_size - 1) / options.block_size;
   MOBI_ASSIGN_OR_RETURN(KvCache kv, KvCache::Create(model.config(), options.max_seqs * blocks,
@@ -40,14 +45,14 @@ absl::StatusOr<std::unique_ptr<DecodeBench>> DecodeBench::Create(const DecodeBen
                       PriceTable({coherent.begin(), coherent.end()})};
   MOBI_ASSIGN_OR_RETURN(StepRunner runner, StepRunner::Create(engine, options.context, model,
                                                               prices, std::move(kv), backend));
-  std::unique_ptr<DecodeBench> bench(new DecodeBench(options, model, std::move(runner)));
+  std::unique_ptr<StepBench> bench(new StepBench(options, model, std::move(runner)));
   bench->MakeSequences();
   return bench;
 }
 
-void DecodeBench::MakeSequences() {
+void StepBench::MakeSequences() {
   const int blocks = (options_.context + options_.block_size - 1) / options_.block_size;
-  request_.spec.prompt = {0};
+  request_.spec.prompt.resize(options_.context);
   request_.spec.max_new_tokens = 1;
   request_.spec.sampling.temperature = 0;
   request_.sequences.resize(options_.max_seqs);
@@ -55,7 +60,7 @@ void DecodeBench::MakeSequences() {
     Sequence& sequence = request_.sequences[i];
     sequence.request = &request_;
     sequence.index = i;
-    sequence.num_computed = options_.context - 1;
+    sequence.num_computed = options_.context - options_.chunk;
     for (int t = 0; t < options_.context; ++t) {
       sequence.tokens.push_back((i * 7919 + t * 104729) % model_.config().vocab_size);
     }
@@ -63,7 +68,7 @@ void DecodeBench::MakeSequences() {
   }
 }
 
-absl::Status DecodeBench::Set(int num_seqs, float bits) {
+absl::Status StepBench::Set(int num_seqs, float bits) {
   num_seqs_ = num_seqs;
   target_.target_bits = bits;
   target_.log_price_trim = {};
@@ -88,11 +93,12 @@ absl::Status DecodeBench::Set(int num_seqs, float bits) {
   return set_trim(found->second);
 }
 
-absl::Status DecodeBench::Run() {
+absl::Status StepBench::Run() {
   std::vector<ScheduledChunk> plan;
   plan.reserve(static_cast<size_t>(num_seqs_));
   for (int i = 0; i < num_seqs_; ++i) {
-    plan.push_back({&request_.sequences[i], options_.context - 1, 1, /*decode=*/true});
+    plan.push_back({&request_.sequences[i], options_.context - options_.chunk, options_.chunk,
+                    /*decode=*/options_.chunk == 1});
   }
   MOBI_ASSIGN_OR_RETURN(const StepResult result, runner_.Run(plan, target_));
   effective_bits_ = 0;
@@ -103,7 +109,7 @@ absl::Status DecodeBench::Run() {
   return absl::OkStatus();
 }
 
-double DecodeBench::StepBytes() const {
+double StepBench::StepBytes() const {
   const ModelConfig& config = model_.config();
   double linears = 0;
   for (const DecoderLayer& layer : model_.layers()) {

@@ -1,9 +1,10 @@
-// Decode steps of a loaded model, made up so that they can be timed: any number of sequences with a
-// full context each, at any average bits. Runs the very steps that the engine runs, uploads and
-// results included. For mobi-bench, and for a server that wants to know its own step latency.
-// One thread; the model and its backend must not be in use elsewhere meanwhile.
-#ifndef MOBI_ENGINE_DECODE_BENCH_H_
-#define MOBI_ENGINE_DECODE_BENCH_H_
+// Steps of a loaded model, made up so that they can be timed: any number of sequences with a full
+// context each, at any average bits; decodes, or chunks of prompts. Runs the very steps that the
+// engine runs, uploads and results included. For mobi-bench, and for a server that wants to know
+// its own step latency. One thread; the model and its backend must not be in use elsewhere
+// meanwhile.
+#ifndef MOBI_ENGINE_STEP_BENCH_H_
+#define MOBI_ENGINE_STEP_BENCH_H_
 
 #include <map>
 #include <memory>
@@ -17,19 +18,20 @@
 
 namespace mobi {
 
-struct DecodeBenchOptions {
+struct StepBenchOptions {
   int max_seqs = 1;
-  int context = 512;  // tokens that each step attends to, its own included
+  int context = 512;  // tokens that each sequence attends to, its own included
+  int chunk = 1;      // tokens of each sequence in a step, at most context; 1: decodes
   int block_size = 16;
   bool coherent = false;  // decodes share levels, see EngineOptions::coherent_decode
 };
 
-class DecodeBench {
+class StepBench {
  public:
   // Of `source` only the price table is read, now. RESOURCE_EXHAUSTED says what does not fit.
-  static absl::StatusOr<std::unique_ptr<DecodeBench>> Create(const DecodeBenchOptions& options,
-                                                             const Model& model,
-                                                             const WeightSource& source);
+  static absl::StatusOr<std::unique_ptr<StepBench>> Create(const StepBenchOptions& options,
+                                                           const Model& model,
+                                                           const WeightSource& source);
 
   // From now on steps have `num_seqs` sequences, at most max_seqs, and use `bits` on average: 2, 4,
   // 6 and 8 read one level everywhere, between them the price is searched that comes nearest. Runs
@@ -45,11 +47,11 @@ class DecodeBench {
   double StepBytes() const;
 
  private:
-  DecodeBench(const DecodeBenchOptions& options, const Model& model, StepRunner runner)
+  StepBench(const StepBenchOptions& options, const Model& model, StepRunner runner)
       : options_(options), model_(model), runner_(std::move(runner)) {}
   void MakeSequences();
 
-  const DecodeBenchOptions options_;
+  const StepBenchOptions options_;
   const Model& model_;
   StepRunner runner_;
   Request request_;  // its sequences are the batch
@@ -63,4 +65,4 @@ class DecodeBench {
 
 }  // namespace mobi
 
-#endif  // MOBI_ENGINE_DECODE_BENCH_H_
+#endif  // MOBI_ENGINE_STEP_BENCH_H_
