@@ -12,32 +12,6 @@
 namespace mobi::cuda {
 namespace {
 
-// The choice of the coherent tokens of several groups, and the sum of bytes, by the block that
-// comes here last of `blocks`.
-template <int kTokens, int kWidth>
-__device__ __forceinline__ void FinishSeveral(const RouteParams& p, const RoutingBatch& batch,
-                                              uint32_t blocks, RouteShared<kTokens, kWidth>& s) {
-  const int tid = static_cast<int>(threadIdx.x);
-  uint32_t* const highest = p.counters + gridDim.y + 1;
-  if (tid < p.num_segments) atomicMax(highest + tid, static_cast<uint32_t>(s.highest[tid]));
-  if (!ArriveLast(p.counters + gridDim.y, blocks, &s.flag)) return;
-  uint32_t others = 0;  // arrives while the tokens choose
-  if (tid < p.num_segments) others = atomicExch(highest + tid, 0);
-  const int count = batch.num_coherent * kMaxScores;
-  const float* losses = p.losses;
-  if (count <= static_cast<int>(sizeof(s.sums) / sizeof(float))) {
-    float* const here = &s.sums[0][0][0];
-#pragma unroll 4
-    for (int e = tid; e < count; e += kRouteThreads) here[e] = __ldcg(p.losses + e);
-    losses = here;
-    __syncthreads();
-  }
-  if (count > 0) ChooseTogether(p, batch, losses, s);
-  if (tid < p.num_segments) atomicMax(s.highest + tid, static_cast<int>(others));
-  __syncthreads();
-  if (tid == 0) CountBytes(p, s.highest);
-}
-
 // The end of a group in a cluster: this block's own tokens, then rank 0 for what concerns all.
 // meanwhile(): done while the sums are under way. for_matmul: it ends with the losses.
 template <int kTokens, int kWidth, typename Meanwhile>
@@ -94,7 +68,7 @@ __device__ __forceinline__ void FinishInCluster(const RouteParams& p, const Rout
     }
   }
   __syncthreads();
-  if (several) return FinishSeveral(p, batch, gridDim.y * kRouteRanks, s);
+  if (several) return FinishSeveral(p, batch, p.counters + gridDim.y, gridDim.y * kRouteRanks, s);
   if (count == 1) {  // rank 0 has had the only token
     if (rank != 0) return;
   } else {
@@ -153,7 +127,7 @@ __device__ __forceinline__ void FinishAlone(const RouteParams& p, const RouteTil
     }
   }
   __syncthreads();
-  if (several) return FinishSeveral(p, batch, gridDim.y, s);
+  if (several) return FinishSeveral(p, batch, p.counters + gridDim.y, gridDim.y, s);
   if (batch.num_coherent > 0) ChooseTogether(p, batch, s.losses[0], s);
   __syncthreads();
   if (tid == 0) CountBytes(p, s.highest);
@@ -199,7 +173,7 @@ __global__ void __launch_bounds__(kRouteThreads, kTokenTiles == 1 ? 2 : 1)
   RouteSums<kHiddenTiles, kTokenTiles> sums;
   MakeAndMultiply<T, kInput>(p, tile, columns, scale, residual, weights, sums);
   if constexpr (kNorm) __syncthreads();  // s.sums was in use
-  sums.Keep(s);
+  sums.Keep(s.sums[threadIdx.x / 32]);
   few.Keep(s, batch);
   ptx::WaitCopies<0>();
   __syncthreads();
@@ -257,6 +231,10 @@ cudaError_t LaunchInput(const LaunchContext& context, const RouteParams& params,
 
 cudaError_t LaunchSource(const LaunchContext& context, const RouteParams& params, DType x,
                          const BatchImages& images) {
+  if (context.clusters && params.num_hidden <= kMaxFusedRouterHidden &&
+      params.batch.num_tokens > kFewRoutedTokens) {
+    return LaunchRouteMany(context, params, x);
+  }
   return WithActivation(x, [&](auto element) {
     using T = decltype(element);
     switch (params.input) {

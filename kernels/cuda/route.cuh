@@ -1,7 +1,7 @@
 // The end of a router, from the columns' partial products to levels: shared by route.cu's kernel
-// with and without clusters and by the matmul that routes by itself
-// (sliced_matmul_decode90_route.cuh). Runs in one block of Shared::kThreads; a token's scores do
-// not depend on the other tokens.
+// with and without clusters, by that for many tokens (route_many.cu) and by the matmul that routes
+// by itself (sliced_matmul_decode90_route.cuh). Runs in one block of Shared::kThreads; a token's
+// scores do not depend on the other tokens.
 #ifndef MOBI_KERNELS_CUDA_ROUTE_CUH_
 #define MOBI_KERNELS_CUDA_ROUTE_CUH_
 
@@ -216,9 +216,9 @@ __device__ __forceinline__ void PublishLevel(const RouteParams& p, int token, in
   atomicAdd(p.batch.level_tiles + token, level * p.tiles[segment]);
 }
 
-template <int kTokens, int kWidth>
+template <typename Shared>
 __device__ __forceinline__ void SetLevel(const RouteParams& p, int token, int segment, int level,
-                                         RouteShared<kTokens, kWidth>& s) {
+                                         Shared& s) {
   PublishLevel(p, token, segment, level);
   atomicMax(s.highest + segment, level);
 }
@@ -288,6 +288,32 @@ __device__ __forceinline__ void CountBytes(const RouteParams& p, const int* high
   AddLoadedBytes(p, bytes);
 }
 
+// The choice of the coherent tokens of several groups, and the sum of bytes, by the block that
+// comes here last of `blocks`. counters: blocks done, then the highest level per segment.
+template <typename Shared>
+__device__ __forceinline__ void FinishSeveral(const RouteParams& p, const RoutingBatch& batch,
+                                              uint32_t* counters, uint32_t blocks, Shared& s) {
+  const int tid = static_cast<int>(threadIdx.x);
+  uint32_t* const highest = counters + 1;
+  if (tid < p.num_segments) atomicMax(highest + tid, static_cast<uint32_t>(s.highest[tid]));
+  if (!ArriveLast(counters, blocks, &s.flag)) return;
+  uint32_t others = 0;  // arrives while the tokens choose
+  if (tid < p.num_segments) others = atomicExch(highest + tid, 0);
+  const int count = batch.num_coherent * kMaxScores;
+  const float* losses = p.losses;
+  if (count <= static_cast<int>(sizeof(s.sums) / sizeof(float))) {
+    float* const here = &s.sums[0][0][0];
+#pragma unroll 4
+    for (int e = tid; e < count; e += Shared::kThreads) here[e] = __ldcg(p.losses + e);
+    losses = here;
+    __syncthreads();
+  }
+  if (count > 0) ChooseTogether(p, batch, losses, s);
+  if (tid < p.num_segments) atomicMax(s.highest + tid, static_cast<int>(others));
+  __syncthreads();
+  if (tid == 0) CountBytes(p, s.highest);
+}
+
 // Host side: all of the parameters but scratch.
 inline RouteParams StateRoute(const RouteSource& source, const Tensor& x,
                               const RoutedWeight& linear, const RoutingBatch& batch,
@@ -324,6 +350,9 @@ inline RouteParams StateRoute(const RouteSource& source, const Tensor& x,
 // names, and x in the images, for a matmul that chooses. Host side.
 cudaError_t LaunchRouteForMatmul(const LaunchContext& context, const RouteParams& params, DType x,
                                  const BatchImages& images);
+
+// More than kFewRoutedTokens of such a source. params has no scratch yet. Host side.
+cudaError_t LaunchRouteMany(const LaunchContext& context, const RouteParams& params, DType x);
 
 }  // namespace mobi::cuda
 

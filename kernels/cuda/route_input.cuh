@@ -191,7 +191,7 @@ __device__ __forceinline__ RawElements LoadRaw(const TokenRows<T>& rows, int at,
 // The elements of x, which are written unless they are there. norm: their weights.
 template <typename T, RouteInput kInput>
 __device__ __forceinline__ void MakeInput(const RawElements& raw, const float* norm, float scale,
-                                          T* x, float (&v)[8]) {
+                                          T* x, float (&v)[8], bool writes = true) {
   UnpackElements<T>(raw.first, v);
   if constexpr (kInput == RouteInput::kPlain) return;
   float other[8];
@@ -206,7 +206,24 @@ __device__ __forceinline__ void MakeInput(const RawElements& raw, const float* n
   }
 #pragma unroll
   for (int i = 0; i < 8; ++i) v[i] = ToFloat(FromFloat<T>(v[i]));
-  Store8(x, 8, true, v);
+  if (writes) Store8(x, 8, true, v);
+}
+
+// residual += delta for eight elements, which are kept; their squares are added.
+template <typename T>
+__device__ __forceinline__ void AddElements(const RouteParams& p, const uint4& delta, uint4& kept,
+                                            T* residual, float* squares, bool writes = true) {
+  float v[8], add[8];
+  UnpackElements<T>(kept, v);
+  if (p.delta != nullptr) {
+    UnpackElements<T>(delta, add);
+#pragma unroll
+    for (int k = 0; k < 8; ++k) v[k] = ToFloat(FromFloat<T>(v[k] + add[k]));
+    kept = PackElements<T>(v);
+    if (writes) *reinterpret_cast<uint4*>(residual) = kept;
+  }
+#pragma unroll
+  for (int k = 0; k < 8; ++k) *squares = fmaf(v[k], v[k], *squares);
 }
 
 // residual += delta for this lane's elements of turns first .. first + kTurns - 1, which it keeps;
@@ -226,17 +243,7 @@ __device__ __forceinline__ void AddTurns(const RouteParams& p, const RouteTile& 
 #pragma unroll
   for (int i = 0; i < kTurns; ++i) {
     if (!tile.Has(p, first + i)) break;
-    float v[8], add[8];
-    UnpackElements<T>(kept[i], v);
-    if (p.delta != nullptr) {
-      UnpackElements<T>(more[i], add);
-#pragma unroll
-      for (int k = 0; k < 8; ++k) v[k] = ToFloat(FromFloat<T>(v[k] + add[k]));
-      kept[i] = PackElements<T>(v);
-      *reinterpret_cast<uint4*>(rows.source + (first + i) * kColsPerTurn) = kept[i];
-    }
-#pragma unroll
-    for (int k = 0; k < 8; ++k) *squares = fmaf(v[k], v[k], *squares);
+    AddElements<T>(p, more[i], kept[i], rows.source + (first + i) * kColsPerTurn, squares);
   }
 }
 
@@ -282,9 +289,9 @@ struct RouteSums {
   float w1_x[kHiddenTiles][kTokenTiles][4] = {};
   float squares[kTokenTiles] = {};
 
-  template <typename Shared>
-  __device__ __forceinline__ void Keep(Shared& s) const {
-    const int warp = static_cast<int>(threadIdx.x) / 32;
+  // In this warp's place.
+  template <int kWidth>
+  __device__ __forceinline__ void Keep(float (*of_warp)[kWidth]) const {
     const int g = static_cast<int>(threadIdx.x) % 32 / 4, t = static_cast<int>(threadIdx.x) % 4;
 #pragma unroll
     for (int n = 0; n < kTokenTiles; ++n) {
@@ -292,11 +299,11 @@ struct RouteSums {
       for (int r = 0; r < kHiddenTiles; ++r) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          s.sums[warp][8 * n + 2 * t + i % 2][16 * r + g + 8 * (i / 2)] = w1_x[r][n][i];
+          of_warp[8 * n + 2 * t + i % 2][16 * r + g + 8 * (i / 2)] = w1_x[r][n][i];
         }
       }
       const float of_token = QuadSum(squares[n]);
-      if (t == 0) s.sums[warp][8 * n + g][Shared::kSumWidth - 1] = of_token;
+      if (t == 0) of_warp[8 * n + g][kWidth - 1] = of_token;
     }
   }
 };

@@ -157,7 +157,7 @@ class BackendRoute : public BackendTest {
 };
 
 TEST_P(BackendRoute, EqualsReference) {
-  for (const int tokens : {1, 2, 5, 16, 33, 150}) {
+  for (const int tokens : {1, 2, 5, 16, 33, 150, 800}) {
     for (const int num_coherent : {0, 1, tokens / 2, tokens}) {
       std::vector<int64_t> rows(Uniform(1, kMaxSegments));
       for (int64_t& count : rows) count = kTileRows * Uniform(1, 20);
@@ -188,15 +188,16 @@ TEST_P(BackendRoute, TokenModeIsBatchInvariant) {
   const int64_t cols = 3 * kGroupSize;
   const HostRouter router = RandomRouter(32, 3, cols);
   const RoutedWeight linear = Linear(router, {64, 32, 32}, cols);
-  const Matrix x = Normal(activations(), 90, cols);
-  const Batch batch = RandomBatch(90, 0, linear);
+  const int tokens = 900;
+  const Matrix x = Normal(activations(), tokens, cols);
+  const Batch batch = RandomBatch(tokens, 0, linear);
   const Routed together = Run(x, linear, batch);
-  for (const int i : {0, 1, 44, 89}) {
+  for (const int i : {0, 1, 444, 899}) {
     Matrix one = Matrix::Poisoned(x.dtype, 1, cols);
     for (int64_t c = 0; c < cols; ++c) one.set(0, c, x.at(i, c));
     const Routed alone =
         Run(one, linear, {0, {batch.price[i]}, {batch.min_level[i]}, {batch.max_level[i]}});
-    for (int s = 0; s < 3; ++s) EXPECT_EQ(alone.levels[s], together.levels[s * 90 + i]);
+    for (int s = 0; s < 3; ++s) EXPECT_EQ(alone.levels[s], together.levels[s * tokens + i]);
     EXPECT_EQ(alone.tiles[0], together.tiles[i]);
   }
 }

@@ -134,7 +134,7 @@ class BackendSequence : public BackendTest {
 };
 
 TEST_P(BackendSequence, AddRmsNormThenRoute) {
-  for (const int tokens : {1, 2, 7, 16, 31, 64, 100}) {
+  for (const int tokens : {1, 2, 7, 16, 31, 64, 100, 400}) {
     for (const int64_t cols : {int64_t{128}, int64_t{kGroupSize} * Uniform(2, 40)}) {
       const TestRouter router = RandomRouter(Uniform(1, 32), {64, 32, 16}, cols);
       const Batch batch = RandomBatch(tokens, tokens % 2 == 0 ? tokens / 2 : 0, router.host);
@@ -178,8 +178,8 @@ TEST_P(BackendSequence, RmsNormThenRouteLeavesItsInput) {
 }
 
 TEST_P(BackendSequence, SwiGluThenRoute) {
-  for (const int tokens : {1, 3, 16, 50}) {
-    const int64_t cols = int64_t{kGroupSize} * Uniform(1, 90);
+  for (const int tokens : {1, 3, 16, 50, 830}) {
+    const int64_t cols = int64_t{kGroupSize} * Uniform(1, tokens > 50 ? 20 : 90);
     const TestRouter router = RandomRouter(32, {48}, cols);
     const Batch batch = RandomBatch(tokens, tokens == 16 ? tokens : 0, router.host);
     const Matrix gate_up = Normal(activations(), tokens, 2 * cols);
@@ -196,8 +196,8 @@ TEST_P(BackendSequence, SwiGluThenRoute) {
 
 // The same bits for a token alone and in company.
 TEST_P(BackendSequence, AddRmsNormThenRouteIsBatchInvariant) {
-  const int64_t cols = 5 * kGroupSize;
-  const int tokens = 70;
+  const int64_t cols = 21 * kGroupSize;
+  const int tokens = 850;
   const TestRouter router = RandomRouter(32, {64, 32}, cols);
   const Batch batch = RandomBatch(tokens, 0, router.host);
   const Matrix delta = Normal(activations(), tokens, cols);
@@ -221,7 +221,7 @@ TEST_P(BackendSequence, AddRmsNormThenRouteIsBatchInvariant) {
     });
   };
   const Routed together = run(0, tokens);
-  for (const int count : {1, 9, 17}) {
+  for (const int count : {1, 9, 17, 150, 400}) {
     const int first = Uniform(0, tokens - count);
     const Routed some = run(first, count);
     for (int i = 0; i < count; ++i) {
