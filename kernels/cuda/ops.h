@@ -17,7 +17,7 @@ inline constexpr int64_t kMaxNormColumns = 16384;
 inline constexpr int kMaxRouterHidden = 64;
 inline constexpr int kMaxFusedRouterHidden = 32;
 // Up to how many tokens the router keeps prices and limits at hand, and may leave the choice of
-// levels to the matmul.
+// levels to the matmul; more are route_many.cu's.
 inline constexpr int kFewRoutedTokens = 128;
 
 // out[i] = table[ids[i]], any float types. Embed and GatherRows.

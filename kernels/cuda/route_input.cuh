@@ -188,7 +188,8 @@ __device__ __forceinline__ RawElements LoadRaw(const TokenRows<T>& rows, int at,
   return {load(rows.source + at), load(rows.source + at + cols)};
 }
 
-// The elements of x, which are written unless they are there. norm: their weights.
+// The elements of x, which are written unless they are there, or writes is false. norm: their
+// weights.
 template <typename T, RouteInput kInput>
 __device__ __forceinline__ void MakeInput(const RawElements& raw, const float* norm, float scale,
                                           T* x, float (&v)[8], bool writes = true) {
@@ -209,7 +210,8 @@ __device__ __forceinline__ void MakeInput(const RawElements& raw, const float* n
   if (writes) Store8(x, 8, true, v);
 }
 
-// residual += delta for eight elements, which are kept; their squares are added.
+// residual += delta for eight elements, which are kept, and written if writes; their squares are
+// added.
 template <typename T>
 __device__ __forceinline__ void AddElements(const RouteParams& p, const uint4& delta, uint4& kept,
                                             T* residual, float* squares, bool writes = true) {

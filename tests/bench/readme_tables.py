@@ -5,7 +5,6 @@ been copied by hand. Each stands between a line `<!-- NAME -->` and a line `<!--
 usage: readme_tables.py [--check]   --check: exit 1 if README.md says anything else
 """
 import pathlib
-import re
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -34,23 +33,6 @@ def markdown_table(name, *headings):
     fail(f"{name} has no table with {headings}")
 
 
-def column_table(name, *headings):
-    """The same of a table in plain text, whose columns end where their headings do."""
-    lines = (RESULTS / name).read_text().splitlines()
-    for at, line in enumerate(lines):
-        if not set(headings) <= set(line.split()):
-            continue
-        ends = [match.end() for match in re.finditer(r"\S+", line)]
-        rows = []
-        for row in lines[at + 1:]:
-            if not row.strip():
-                break
-            cuts = zip([0] + ends, ends)
-            rows.append(dict(zip(line.split(), (row[a:b].strip() for a, b in cuts))))
-        return rows
-    fail(f"{name} has no table with {headings}")
-
-
 def render(header, rows):
     line = lambda cells: "| " + " | ".join(cells) + " |"
     return [line(header), line(["---"] * len(header))] + [line(row) for row in rows]
@@ -71,11 +53,10 @@ def gpu_step():
                   [[r["bits"], r["sequences"], r["after, ms"], r["after / floor"]] for r in rows])
 
 
-def gpu_prefill():
-    rows = column_table("sliced-prefill_h200_2026-11-29.txt", "tokens", "level", "us", "/cuBLAS")
-    return render(["tokens", "bits", "ms", "TFLOP/s", "times cuBLAS fp16"],
-                  [[r["tokens"], str(2 * int(r["level"])), f"{int(r['us']) / 1000:.1f}", r["TFLOP/s"],
-                    r["/cuBLAS"]] for r in rows if r["level"].isdigit()])
+def gpu_prompt():
+    rows = markdown_table("prompt-step_h200_2026-11-30.md", "tokens", "bits", "after, ms")
+    return render(["tokens", "bits", "ms", "tokens a second"],
+                  [[r["tokens"], r["bits"], r["after, ms"], r["tokens a second"]] for r in rows])
 
 
 def cpu_step():
@@ -85,7 +66,7 @@ def cpu_step():
     return render(["ms", "2 bits", "4 bits", "8 bits"], kept)
 
 
-TABLES = {"perplexity": perplexity, "gpu step": gpu_step, "gpu prefill": gpu_prefill,
+TABLES = {"perplexity": perplexity, "gpu step": gpu_step, "gpu prompt": gpu_prompt,
           "cpu step": cpu_step}
 
 
