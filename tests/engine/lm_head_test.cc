@@ -7,8 +7,8 @@
 #include <cmath>
 #include <random>
 
-#include "engine/step_bench.h"
 #include "engine/model.h"
+#include "engine/step_bench.h"
 #include "engine/synthetic_weights.h"
 #include "kernels/numeric.h"
 #include "tests/engine/collecting_sink.h"
