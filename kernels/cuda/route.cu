@@ -5,6 +5,7 @@
 // them; without, through scratch, and the block that arrives last finishes the group. The sums'
 // order is the same either way. For a matmul of the batch path the kernel ends with the tokens'
 // losses, from which that one chooses, and leaves x as whole numbers, which saves a kernel.
+// Many tokens are route_many.cu's.
 #include "kernels/cuda/ops.h"
 #include "kernels/cuda/route.cuh"
 #include "kernels/cuda/route_input.cuh"
@@ -20,25 +21,13 @@ __device__ __forceinline__ void FinishInCluster(const RouteParams& p, const Rout
                                                 RouteShared<kTokens, kWidth>& s,
                                                 const Meanwhile& meanwhile) {
   const int tid = static_cast<int>(threadIdx.x), count = tile.count, rank = tile.rank;
-  for (int e = tid; e < count * kWidth; e += kRouteThreads) {
-    const int token = e / kWidth, at = e % kWidth;
-    float sum = 0;
-#pragma unroll
-    for (int w = 0; w < kRouteWarps; ++w) sum += s.sums[w][token][at];
-    StoreRemote(&s.partials[rank][token / kRouteRanks][at], token % kRouteRanks, sum);
-  }
+  SendRankSums(s.sums, count, kRouteRanks, s.partials[rank], kRouteThreads);
   ClusterArrive();
   meanwhile();
   ClusterWait();
   const RouteTokens tokens{tile.first_token, rank, kRouteRanks, count};
   const int slots = max(tokens.mine(), 0);
-  for (int e = tid; e < slots * kWidth; e += kRouteThreads) {
-    float sum = 0;
-#pragma unroll
-    for (int r = 0; r < kRouteRanks; ++r) sum += s.partials[r][e / kWidth][e % kWidth];
-    s.sums[0][e / kWidth][e % kWidth] = sum;
-  }
-  __syncthreads();
+  AddRanks(slots, s);
   auto* own_losses = reinterpret_cast<float(*)[kMaxScores]>(s.sums[1]);
   ScoreTokens(p, slots, s, own_losses);
   if (for_matmul) {
@@ -49,25 +38,13 @@ __device__ __forceinline__ void FinishInCluster(const RouteParams& p, const Rout
     return;
   }
   const bool several = gridDim.y > 1;
-  for (int e = tid; e < slots * p.num_segments; e += kRouteThreads) {
-    const int slot = e / p.num_segments, segment = e % p.num_segments;
-    const int token = tokens.Token(slot);
-    const float* losses = &own_losses[slot][segment * kNumLevels];
-    if (token >= batch.num_coherent) {
-      SetLevel(p, token, segment, ChooseAlone(p, batch, token, segment, losses), s);
-      continue;
+  ChooseOwn(p, batch, tokens, slots, own_losses, s, [&](int token, int score, float loss) {
+    if (several) {
+      p.losses[token * kMaxScores + score] = loss;
+    } else {
+      StoreRemote(&s.losses[token][score], 0, loss);
     }
-#pragma unroll
-    for (int k = 0; k < kNumLevels; ++k) {
-      const int at = segment * kNumLevels + k;
-      if (several) {
-        p.losses[token * kMaxScores + at] = losses[k];
-      } else {
-        StoreRemote(&s.losses[token][at], 0, losses[k]);
-      }
-    }
-  }
-  __syncthreads();
+  });
   if (several) return FinishSeveral(p, batch, p.counters + gridDim.y, gridDim.y * kRouteRanks, s);
   if (count == 1) {  // rank 0 has had the only token
     if (rank != 0) return;
@@ -113,20 +90,10 @@ __device__ __forceinline__ void FinishAlone(const RouteParams& p, const RouteTil
   __syncthreads();
   ScoreTokens(p, count, s, s.losses);
   const bool several = gridDim.y > 1;
-  for (int e = tid; e < count * p.num_segments; e += kRouteThreads) {
-    const int slot = e / p.num_segments, segment = e % p.num_segments;
-    const int token = tile.first_token + slot;
-    const float* losses = &s.losses[slot][segment * kNumLevels];
-    if (token >= batch.num_coherent) {
-      SetLevel(p, token, segment, ChooseAlone(p, batch, token, segment, losses), s);
-    } else if (several) {
-#pragma unroll
-      for (int k = 0; k < kNumLevels; ++k) {
-        p.losses[token * kMaxScores + segment * kNumLevels + k] = losses[k];
-      }
-    }
-  }
-  __syncthreads();
+  const RouteTokens tokens{tile.first_token, 0, 1, count};
+  ChooseOwn(p, batch, tokens, count, s.losses, s, [&](int token, int score, float loss) {
+    if (several) p.losses[token * kMaxScores + score] = loss;
+  });
   if (several) return FinishSeveral(p, batch, p.counters + gridDim.y, gridDim.y, s);
   if (batch.num_coherent > 0) ChooseTogether(p, batch, s.losses[0], s);
   __syncthreads();
@@ -235,17 +202,8 @@ cudaError_t LaunchSource(const LaunchContext& context, const RouteParams& params
       params.batch.num_tokens > kFewRoutedTokens) {
     return LaunchRouteMany(context, params, x);
   }
-  return WithActivation(x, [&](auto element) {
-    using T = decltype(element);
-    switch (params.input) {
-      case RouteInput::kPlain:
-        return LaunchInput<T, RouteInput::kPlain>(context, params, images);
-      case RouteInput::kNorm:
-        return LaunchInput<T, RouteInput::kNorm>(context, params, images);
-      case RouteInput::kSwiGlu:
-        return LaunchInput<T, RouteInput::kSwiGlu>(context, params, images);
-    }
-    return cudaErrorInvalidValue;
+  return WithRouteInput(x, params.input, [&](auto element, auto input) {
+    return LaunchInput<decltype(element), input()>(context, params, images);
   });
 }
 

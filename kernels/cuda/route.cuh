@@ -6,6 +6,7 @@
 #define MOBI_KERNELS_CUDA_ROUTE_CUH_
 
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels/backend.h"
 #include "kernels/cuda/device.cuh"
@@ -132,6 +133,34 @@ struct FewTokens {
   }
 };
 
+// A rank's sums of all warps, to the blocks of the cluster that finish the tokens: each every
+// blocks-th.
+template <int kTokens, int kWidth, int kSlots>
+__device__ __forceinline__ void SendRankSums(const float (&warps)[kRouteWarps][kTokens][kWidth],
+                                             int count, int blocks,
+                                             float (&partials)[kSlots][kWidth], int threads) {
+  for (int e = static_cast<int>(threadIdx.x); e < count * kWidth; e += threads) {
+    const int token = e / kWidth, at = e % kWidth;
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < kRouteWarps; ++w) sum += warps[w][token][at];
+    StoreRemote(&partials[token / blocks][at], token % blocks, sum);
+  }
+}
+
+// s.partials of all ranks -> s.sums[0], for the tokens that this block finishes.
+template <typename Shared>
+__device__ __forceinline__ void AddRanks(int slots, Shared& s) {
+  constexpr int kWidth = Shared::kSumWidth;
+  for (int e = static_cast<int>(threadIdx.x); e < slots * kWidth; e += Shared::kThreads) {
+    float sum = 0;
+#pragma unroll
+    for (int r = 0; r < kRouteRanks; ++r) sum += s.partials[r][e / kWidth][e % kWidth];
+    s.sums[0][e / kWidth][e % kWidth] = sum;
+  }
+  __syncthreads();
+}
+
 // A hidden unit from its sum over the columns and the sum of x's squares.
 __device__ __forceinline__ float HiddenUnit(float sum, float b1, float u, float squares, int cols) {
   const float log_rms = 0.5f * logf(squares / static_cast<float>(cols));
@@ -223,6 +252,27 @@ __device__ __forceinline__ void SetLevel(const RouteParams& p, int token, int se
   atomicMax(s.highest + segment, level);
 }
 
+// Of the tokens that this block finishes, losses [slot][score]: those for themselves choose; the
+// losses of those that share levels are given to keep(token, score, loss).
+template <typename Shared, typename Keep>
+__device__ __forceinline__ void ChooseOwn(const RouteParams& p, const RoutingBatch& batch,
+                                          const RouteTokens& tokens, int slots,
+                                          const float (*losses)[kMaxScores], Shared& s,
+                                          const Keep& keep) {
+  for (int e = static_cast<int>(threadIdx.x); e < slots * p.num_segments; e += Shared::kThreads) {
+    const int slot = e / p.num_segments, segment = e % p.num_segments;
+    const int token = tokens.Token(slot);
+    const float* of_segment = &losses[slot][segment * kNumLevels];
+    if (token >= batch.num_coherent) {
+      SetLevel(p, token, segment, ChooseAlone(p, batch, token, segment, of_segment), s);
+      continue;
+    }
+#pragma unroll
+    for (int k = 0; k < kNumLevels; ++k) keep(token, segment * kNumLevels + k, of_segment[k]);
+  }
+  __syncthreads();
+}
+
 // The coherent tokens' shared level per segment, and their own after clamping. losses
 // [token][score].
 template <typename Shared>
@@ -312,6 +362,23 @@ __device__ __forceinline__ void FinishSeveral(const RouteParams& p, const Routin
   if (tid < p.num_segments) atomicMax(s.highest + tid, static_cast<int>(others));
   __syncthreads();
   if (tid == 0) CountBytes(p, s.highest);
+}
+
+// call(T(), input) for x's element type and what x is made from, both known to the compiler. Host
+// side.
+template <typename Call>
+cudaError_t WithRouteInput(DType x, RouteInput input, const Call& call) {
+  return WithActivation(x, [&](auto element) {
+    switch (input) {
+      case RouteInput::kPlain:
+        return call(element, std::integral_constant<RouteInput, RouteInput::kPlain>());
+      case RouteInput::kNorm:
+        return call(element, std::integral_constant<RouteInput, RouteInput::kNorm>());
+      case RouteInput::kSwiGlu:
+        return call(element, std::integral_constant<RouteInput, RouteInput::kSwiGlu>());
+    }
+    return cudaErrorInvalidValue;
+  });
 }
 
 // Host side: all of the parameters but scratch.

@@ -111,8 +111,10 @@ struct RowCopies {
     }
   }
 
+  template <int kRoom>
   __device__ __forceinline__ void Copy(const ManyPlace& place, int step,
-                                       StagedRows<kRows>& to) const {
+                                       StagedRows<kRoom>& to) const {
+    static_assert(kRoom >= kRows);
     const int chunk = place.tid % kChunks;
     if (step * kColsPerTurn + 8 * chunk >= place.block_cols) return;
 #pragma unroll
@@ -178,9 +180,7 @@ __device__ __forceinline__ float AddAndMeasureMany(const RouteParams& p, const M
       place, stages,
       [&](Stage& stage, int step) {
         old.Copy(place, step, stage.x[0]);
-        if (delta != nullptr) {
-          more.Copy(place, step, reinterpret_cast<StagedRows<kTokens>&>(stage.w1));
-        }
+        if (delta != nullptr) more.Copy(place, step, stage.w1);
       },
       [] {},
       [&](const Stage& stage, int step) {
@@ -210,19 +210,6 @@ __device__ __forceinline__ float AddAndMeasureMany(const RouteParams& p, const M
   return rsqrtf(sum / static_cast<float>(p.cols) + p.eps);
 }
 
-// A rank's sums of all warps, to the blocks that finish the tokens.
-__device__ __forceinline__ void SendRank(const ManyPlace& place, int rank, const WarpSums& sums,
-                                         ManyShared& s) {
-  for (int e = place.tid; e < place.count * kWidth; e += kManyThreads) {
-    const int token = e / kWidth, at = e % kWidth;
-    float sum = 0;
-#pragma unroll
-    for (int w = 0; w < kRouteWarps; ++w) sum += sums[w][token][at];
-    StoreRemote(&s.partials[place.first_rank + rank][token / place.blocks][at],
-                token % place.blocks, sum);
-  }
-}
-
 // Makes x, and sends each rank's sums of W1 x and of x's squares.
 template <typename T, RouteInput kInput, typename Stage>
 __device__ __forceinline__ void MultiplyMany(const RouteParams& p, const ManyPlace& place,
@@ -240,7 +227,10 @@ __device__ __forceinline__ void MultiplyMany(const RouteParams& p, const ManyPla
   RouteSums<kHiddenTiles, 1> own;
   int turn = 0, rank = 0, sent = 0;
   const auto send = [&] {
-    for (; sent < rank; ++sent) SendRank(place, sent, sums[sent % kSumBuffers], s);
+    for (; sent < rank; ++sent) {
+      SendRankSums(sums[sent % kSumBuffers], place.count, place.blocks,
+                   s.partials[place.first_rank + sent], kManyThreads);
+    }
   };
   ForEachStep(
       place, stages,
@@ -310,30 +300,11 @@ __global__ void __launch_bounds__(kManyThreads, 1)
   ClusterSync();
   const RouteTokens tokens{place.first_token, place.block, place.blocks, place.count};
   const int slots = max(tokens.mine(), 0);
-  for (int e = tid; e < slots * kWidth; e += kManyThreads) {
-    float sum = 0;
-#pragma unroll
-    for (int r = 0; r < kRouteRanks; ++r) sum += s.partials[r][e / kWidth][e % kWidth];
-    s.sums[0][e / kWidth][e % kWidth] = sum;
-  }
-  __syncthreads();
+  AddRanks(slots, s);
   ScoreTokens(p, slots, s, s.losses);
-  const RoutingBatch& batch = p.batch;
-  for (int e = tid; e < slots * p.num_segments; e += kManyThreads) {
-    const int slot = e / p.num_segments, segment = e % p.num_segments;
-    const int token = tokens.Token(slot);
-    const float* losses = &s.losses[slot][segment * kNumLevels];
-    if (token >= batch.num_coherent) {
-      SetLevel(p, token, segment, ChooseAlone(p, batch, token, segment, losses), s);
-      continue;
-    }
-#pragma unroll
-    for (int k = 0; k < kNumLevels; ++k) {
-      p.losses[token * kMaxScores + segment * kNumLevels + k] = losses[k];
-    }
-  }
-  __syncthreads();
-  FinishSeveral(p, batch, p.counters, gridDim.x * gridDim.y, s);
+  ChooseOwn(p, p.batch, tokens, slots, s.losses, s,
+            [&](int token, int score, float loss) { p.losses[token * kMaxScores + score] = loss; });
+  FinishSeveral(p, p.batch, p.counters, gridDim.x * gridDim.y, s);
 #endif
 }
 
@@ -367,17 +338,8 @@ cudaError_t LaunchRouteMany(const LaunchContext& context, const RouteParams& par
   }
   with_scratch.losses = reinterpret_cast<float*>(context.scratch);
   with_scratch.counters = context.counters;
-  return WithActivation(x, [&](auto element) {
-    using T = decltype(element);
-    switch (params.input) {
-      case RouteInput::kPlain:
-        return LaunchInput<T, RouteInput::kPlain>(context, with_scratch);
-      case RouteInput::kNorm:
-        return LaunchInput<T, RouteInput::kNorm>(context, with_scratch);
-      case RouteInput::kSwiGlu:
-        return LaunchInput<T, RouteInput::kSwiGlu>(context, with_scratch);
-    }
-    return cudaErrorInvalidValue;
+  return WithRouteInput(x, params.input, [&](auto element, auto input) {
+    return LaunchInput<decltype(element), input()>(context, with_scratch);
   });
 }
 
