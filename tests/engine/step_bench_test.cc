@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "engine/synthetic_weights.h"
+#include "tests/engine/tiny_shape.h"
 
 namespace mobi {
 namespace {
@@ -10,15 +11,7 @@ namespace {
 class StepBenchTest : public testing::Test {
  protected:
   void SetUp() override {
-    auto config = ConfigOfShape("llama-3.2-1b");
-    config->vocab_size = 512;
-    config->hidden_size = 128;
-    config->intermediate_size = 256;
-    config->num_hidden_layers = 6;
-    config->num_attention_heads = 4;
-    config->num_key_value_heads = 2;
-    config->head_dim = 32;
-    auto weights = SyntheticWeights::Create("synthetic", *config, {});
+    auto weights = SyntheticWeights::Create("synthetic", TinyShape(6), {});
     ASSERT_TRUE(weights.ok()) << weights.status();
     weights_ = std::make_unique<SyntheticWeights>(*std::move(weights));
     backend_ = CreateCpuBackend({.num_threads = 1});

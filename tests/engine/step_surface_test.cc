@@ -6,6 +6,7 @@
 
 #include "engine/synthetic_weights.h"
 #include "kernels/create_backend.h"
+#include "tests/engine/tiny_shape.h"
 
 namespace mobi {
 namespace {
@@ -23,15 +24,7 @@ class SlowClock final : public Clock {
 class StepSurfaceTest : public testing::Test {
  protected:
   void SetUp() override {
-    auto config = ConfigOfShape("llama-3.2-1b");
-    config->vocab_size = 512;
-    config->hidden_size = 128;
-    config->intermediate_size = 256;
-    config->num_hidden_layers = 2;
-    config->num_attention_heads = 4;
-    config->num_key_value_heads = 2;
-    config->head_dim = 32;
-    auto weights = SyntheticWeights::Create("synthetic", *config, {});
+    auto weights = SyntheticWeights::Create("synthetic", TinyShape(2), {});
     ASSERT_TRUE(weights.ok()) << weights.status();
     weights_ = std::make_unique<SyntheticWeights>(*std::move(weights));
     auto backend = CreateBackend("cpu", 1);
