@@ -1,4 +1,4 @@
-// mobi-bench: how fast this machine runs a model. `step` times whole decode steps and their parts
+// mobi-bench: how fast this machine runs a model. `step` times whole steps and their parts
 // beside the time that the bytes alone take; `linears` the sliced matmuls beside the machine's own
 // library; `surface` writes the step latency over bits and tokens that a server's controller reads.
 // Weights are made up for a shape, or a checkpoint's own.
