@@ -181,6 +181,9 @@ struct EngineOptions {
   float max_decode_slowdown = 1.75f;
   // Decode tokens of a step share levels (memory-bound machines); off: every token for itself.
   bool coherent_decode = false;
+  // A prompt reads one level everywhere, the lowest with the bits asked for (WholeLevel): where
+  // arithmetic bounds prompts, several levels in one step cost more time than they save.
+  bool whole_level_prompts = false;
   // Slices lend their memory to KV blocks while those are short.
   ResidencyOptions residency;
 };

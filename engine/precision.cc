@@ -50,6 +50,14 @@ TokenPrecision Prices::Resolve(const PrecisionBand& band, const PrecisionTarget&
   return coherent.Resolve(band, target.target_bits, trim + std::log(crowd), max_level);
 }
 
+int WholeLevel(const PrecisionBand& band, const PrecisionTarget& target, int max_level) {
+  if (band.pinned()) return 0;
+  const float bits = PriceTable::BitsOf(band, target);
+  int level = 1;
+  while (level < max_level && static_cast<float>(BitsOfLevel(level)) < bits) ++level;
+  return static_cast<float>(BitsOfLevel(level)) <= band.max_bits ? level : 0;
+}
+
 int NeededLevels(float floor_bits) {
   if (floor_bits <= kMinBits) return 1;
   int level = 1;

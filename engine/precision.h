@@ -60,6 +60,11 @@ struct Prices {
                          int num_coherent = 1, int max_level = kNumLevels) const;
 };
 
+// The one level at which all linears read a prompt that need not choose token by token: the lowest
+// with the bits asked for, or max_level. 0: the request is pinned, or its band ends below.
+int WholeLevel(const PrecisionBand& band, const PrecisionTarget& target,
+               int max_level = kNumLevels);
+
 // Levels that must be in memory so that at least `floor_bits` can be had on average: routing wants
 // a bit more than the average.
 int NeededLevels(float floor_bits);

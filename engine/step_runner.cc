@@ -125,8 +125,12 @@ void StepRunner::AddChunk(int index, const PrecisionTarget& target, ChunkResult&
   const ScheduledChunk& chunk = result.chunk;
   const Sequence& sequence = *chunk.sequence;
   const GenerationRequest& spec = sequence.request->spec;
-  const TokenPrecision precision = prices_.Resolve(spec.precision, target, result.regime,
-                                                   layout.key.num_coherent, layout.max_level);
+  TokenPrecision precision = prices_.Resolve(spec.precision, target, result.regime,
+                                             layout.key.num_coherent, layout.max_level);
+  const int whole = options_.whole_level_prompts && result.regime == Regime::kPrompt
+                        ? WholeLevel(spec.precision, target, layout.max_level)
+                        : 0;
+  if (whole > 0) precision.min_level = precision.max_level = static_cast<uint8_t>(whole);
   const int first = layout.key.num_tokens, seq = layout.key.num_seqs;
   layout.first_row.push_back(first);
   for (int i = 0; i < chunk.count; ++i) {
@@ -151,7 +155,7 @@ void StepRunner::AddChunk(int index, const PrecisionTarget& target, ChunkResult&
   layout.max_query_len = std::max(layout.max_query_len, chunk.count);
   layout.key.max_context_len = std::max(layout.key.max_context_len, context);
   result.kv_bits = PriceTable::BitsOf(spec.precision, target);
-  result.tracked = !spec.precision.pinned() && result.kv_bits == target.target_bits;
+  result.tracked = !spec.precision.pinned() && whole == 0 && result.kv_bits == target.target_bits;
 
   if (context == sequence.length() && spec.max_new_tokens > 0) {
     AddSampling(sequence, first + chunk.count - 1, index, layout);

@@ -53,6 +53,8 @@ ABSL_FLAG(bool, slice_residency, true,
 ABSL_FLAG(int, resident_slices, 2, "Slices of 2 bits that never leave, 1 to 4.");
 ABSL_FLAG(double, residency_dwell_s, 10, "Least time between two changes of what is in memory.");
 ABSL_FLAG(bool, coherent_decode, false, "Decodes of a step share levels; for GPUs.");
+ABSL_FLAG(bool, whole_level_prompts, false,
+          "Prompts read one level everywhere, the lowest with the bits asked for; for GPUs.");
 ABSL_FLAG(int, max_waiting_requests, 256, "Queue length; beyond it RESOURCE_EXHAUSTED.");
 ABSL_FLAG(int, max_waiting_tokens, 1 << 18, "Prompt tokens in the queue.");
 ABSL_FLAG(double, max_expected_wait_s, 2, "Refuse at once what would wait longer.");
@@ -106,6 +108,7 @@ LoadOptions LoadOptionsFromFlags() {
   engine.residency.min_levels = absl::GetFlag(FLAGS_resident_slices);
   engine.residency.dwell = Seconds(absl::GetFlag(FLAGS_residency_dwell_s));
   engine.coherent_decode = absl::GetFlag(FLAGS_coherent_decode);
+  engine.whole_level_prompts = absl::GetFlag(FLAGS_whole_level_prompts);
   engine.max_waiting_requests = absl::GetFlag(FLAGS_max_waiting_requests);
   engine.max_waiting_tokens = absl::GetFlag(FLAGS_max_waiting_tokens);
   engine.max_expected_wait = Seconds(absl::GetFlag(FLAGS_max_expected_wait_s));

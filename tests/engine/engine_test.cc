@@ -270,6 +270,33 @@ TEST_F(EngineTest, EveryRegimeIsTrimmedAndCountedByItself) {
   }
 }
 
+TEST_F(EngineTest, WholeLevelPromptsReadOneLevelAndDecodesChoose) {
+  EngineOptions options;
+  options.whole_level_prompts = true;
+  Open(options);
+  engine_->SetPrecision({.target_bits = 3.0f});
+  const auto prompt_bits = [&](const PrecisionBand& band) {
+    const EngineStats before = engine_->stats();
+    GenerationRequest request = Request(20, 1);
+    request.precision = band;
+    request.cache_salt = std::to_string(before.effective_tokens);
+    Run(request);
+    const EngineStats after = engine_->stats();
+    return (after.effective_bits_sum - before.effective_bits_sum) /
+           static_cast<double>(after.effective_tokens - before.effective_tokens);
+  };
+  EXPECT_EQ(prompt_bits({}), 4);
+  EXPECT_EQ(prompt_bits({.min_bits = 4.5f}), 6);
+  EXPECT_EQ(prompt_bits({.level = 4}), 8);
+  EXPECT_EQ(engine_->stats().tracked[Regime::kPrompt].count, 0u) << "no price has decided";
+  EXPECT_LT(prompt_bits({.max_bits = 3.5f}), 3.9) << "by the token, within the band";
+  EXPECT_EQ(engine_->stats().tracked[Regime::kPrompt].count, 20u);
+  CollectingSink sink;
+  ASSERT_TRUE(engine_->Submit(Request(20, 40, 7), &sink).ok());
+  sink.Wait();
+  EXPECT_EQ(engine_->stats().tracked[Regime::kDecode].count, 39u);
+}
+
 TEST_F(EngineTest, CoherentDecodesShareTheirBitsAndPinnedOnesKeepTheirOwn) {
   EngineOptions options;
   options.coherent_decode = true;

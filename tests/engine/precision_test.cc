@@ -78,6 +78,23 @@ TEST(PriceTable, ACapTakesLevelsAwayAndGivesWhatIsLeftInFull) {
   EXPECT_EQ(Table().Resolve({2.0f, 8.0f, 2}, 8.0f, 0.0f, 3).min_level, 2);
 }
 
+TEST(WholeLevel, IsTheLowestWithTheBitsThatTheBandAllows) {
+  const auto level = [](PrecisionBand band, float bits, int max_level) {
+    return WholeLevel(band, {.target_bits = bits}, max_level);
+  };
+  const PrecisionBand any;
+  EXPECT_EQ(level(any, 2.0f, 4), 1);
+  EXPECT_EQ(level(any, 2.1f, 4), 2);
+  EXPECT_EQ(level(any, 4.0f, 4), 2);
+  EXPECT_EQ(level(any, 6.5f, 4), 4);
+  EXPECT_EQ(level(any, 6.5f, 3), 3) << "what is in memory";
+  EXPECT_EQ(level({.min_bits = 4.5f}, 2.0f, 4), 3);
+  EXPECT_EQ(level({.max_bits = 4.0f}, 8.0f, 4), 2);
+  EXPECT_EQ(level({.max_bits = 3.5f}, 3.0f, 4), 0) << "4 bits are not allowed, 2 are too few";
+  EXPECT_EQ(level({.min_bits = 3, .max_bits = 3}, 3.0f, 4), 0);
+  EXPECT_EQ(level({.level = 2}, 3.0f, 4), 0);
+}
+
 TEST(NeededLevels, FloorsWantRoomAboveThemAndPinnedBitsEverything) {
   EXPECT_EQ(NeededLevels(PrecisionBand{}), 1);
   for (int level = 1; level <= kNumLevels; ++level) {
