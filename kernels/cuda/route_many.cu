@@ -4,6 +4,8 @@
 // operands of the mma a warp would read 64 bytes of each of eight rows, which costs L1 twice as
 // much. Every sum is added in the order of route.cu's kernel: eight ranks of columns, of each the
 // sums of eight warps. A block has one or more ranks, one after another.
+//
+// A cluster whose tokens' levels are all given in advance only makes x.
 #include "kernels/cuda/ops.h"
 #include "kernels/cuda/route.cuh"
 #include "kernels/cuda/route_input.cuh"
@@ -210,8 +212,16 @@ __device__ __forceinline__ float AddAndMeasureMany(const RouteParams& p, const M
   return rsqrtf(sum / static_cast<float>(p.cols) + p.eps);
 }
 
-// Makes x, and sends each rank's sums of W1 x and of x's squares.
-template <typename T, RouteInput kInput, typename Stage>
+// Whether a token of this cluster has a choice. The batch was there before the step's first kernel.
+__device__ __forceinline__ bool AnyChooses(const RoutingBatch& batch, const ManyPlace& place) {
+  static_assert(kTokens <= 32);
+  const int lane = place.tid % 32, token = place.first_token + lane;
+  return __any_sync(kFullWarp,
+                    lane < place.count && batch.min_level[token] != batch.max_level[token]) != 0;
+}
+
+// Makes x and, if kRoutes, sends each rank's sums of W1 x and of x's squares.
+template <bool kRoutes, typename T, RouteInput kInput, typename Stage>
 __device__ __forceinline__ void MultiplyMany(const RouteParams& p, const ManyPlace& place,
                                              float scale, Stage* stages, WarpSums* sums,
                                              ManyShared& s) {
@@ -235,7 +245,7 @@ __device__ __forceinline__ void MultiplyMany(const RouteParams& p, const ManyPla
   ForEachStep(
       place, stages,
       [&](Stage& stage, int step) {
-        w1.Copy(place, step, stage.w1);
+        if constexpr (kRoutes) w1.Copy(place, step, stage.w1);
         source.Copy(place, step, stage.x[0]);
         if constexpr (kInput == RouteInput::kSwiGlu) {
           RowCopies<kTokens> up = source;
@@ -254,7 +264,7 @@ __device__ __forceinline__ void MultiplyMany(const RouteParams& p, const ManyPla
         if (place.Has(step)) {
           uint4 w[kHiddenTiles][2];
 #pragma unroll
-          for (int r = 0; r < 2 * kHiddenTiles; ++r) {
+          for (int r = 0; kRoutes && r < 2 * kHiddenTiles; ++r) {
             w[r / 2][r % 2] = Staged(stage.w1, 8 * r + place.g, place);
           }
           RawElements raw{Staged(stage.x[0], place.slot(), place), {}};
@@ -264,10 +274,12 @@ __device__ __forceinline__ void MultiplyMany(const RouteParams& p, const ManyPla
           float v[8];
           MakeInput<T, kInput>(raw, stage.norm + place.warp * 32 + 8 * place.t, scale,
                                x + place.Col(step), v, place.HasToken());
-          const uint4 halves[1] = {AsHalves<T>(v, &own.squares[0])};
-          MultiplyTurn<kHiddenTiles, 1>(w, halves, own.w1_x);
+          if constexpr (kRoutes) {
+            const uint4 halves[1] = {AsHalves<T>(v, &own.squares[0])};
+            MultiplyTurn<kHiddenTiles, 1>(w, halves, own.w1_x);
+          }
         }
-        if (++turn < place.turns) return;
+        if (!kRoutes || ++turn < place.turns) return;
         own.Keep(sums[rank % kSumBuffers][place.warp] + 8 * place.half);
         own = {};
         turn = 0;
@@ -290,18 +302,28 @@ __global__ void __launch_bounds__(kManyThreads, 1)
   const int tid = place.tid;
   ptx::ClusterArriveRelaxed();
   AllowNext();
-  LoadRouter(p, s);
+  const bool routes = AnyChooses(p.batch, place);
+  if (routes) LoadRouter(p, s);
   if (tid < kMaxSegments) s.highest[tid] = 0;
   WaitForPrevious();
   ptx::ClusterWait();  // every block of the cluster has begun
   float scale = 0;
   if constexpr (kNorm) scale = AddAndMeasureMany<T>(p, place, stages, s);
-  MultiplyMany<T, kInput>(p, place, scale, stages, sums, s);
-  ClusterSync();
   const RouteTokens tokens{place.first_token, place.block, place.blocks, place.count};
   const int slots = max(tokens.mine(), 0);
-  AddRanks(slots, s);
-  ScoreTokens(p, slots, s, s.losses);
+  if (routes) {
+    MultiplyMany<true, T, kInput>(p, place, scale, stages, sums, s);
+    ClusterSync();
+    AddRanks(slots, s);
+    ScoreTokens(p, slots, s, s.losses);
+  } else {
+    for (int e = tid; e < kTokens * kMaxScores; e += kManyThreads) (&s.losses[0][0])[e] = 0;
+    if constexpr (kInput == RouteInput::kPlain) {
+      __syncthreads();
+    } else {
+      MultiplyMany<false, T, kInput>(p, place, scale, stages, sums, s);
+    }
+  }
   ChooseOwn(p, p.batch, tokens, slots, s.losses, s,
             [&](int token, int score, float loss) { p.losses[token * kMaxScores + score] = loss; });
   FinishSeveral(p, p.batch, p.counters, gridDim.x * gridDim.y, s);

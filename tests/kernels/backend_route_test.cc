@@ -172,6 +172,22 @@ TEST_P(BackendRoute, EqualsReference) {
   }
 }
 
+TEST_P(BackendRoute, PinnedTokensKeepTheirLevelsBesideOthersThatChoose) {
+  const int64_t cols = 5 * kGroupSize;
+  const HostRouter router = RandomRouter(32, 3, cols);
+  const RoutedWeight linear = Linear(router, {64, 32, 32}, cols);
+  for (const int tokens : {40, 150, 800}) {
+    for (const int first_pinned : {0, 20}) {
+      const Matrix x = Normal(activations(), tokens, cols);
+      Batch batch = RandomBatch(tokens, first_pinned / 2, linear);
+      for (int i = first_pinned; i < tokens; ++i) {
+        batch.min_level[i] = batch.max_level[i] = static_cast<uint8_t>(1 + i / 16 % kNumLevels);
+      }
+      ExpectAsCheap(x, linear, batch, Run(x, linear, batch), Expected(x, linear, batch));
+    }
+  }
+}
+
 // The levels that the tests see must vary, or they would prove little.
 TEST_P(BackendRoute, RandomBatchesUseEveryLevel) {
   const int64_t cols = 2 * kGroupSize;

@@ -68,12 +68,14 @@ class BackendSequence : public BackendTest {
     std::vector<uint8_t> min_level, max_level;
   };
 
+  // Of many tokens the second half is pinned, so that whole groups of tokens choose nothing.
   Batch RandomBatch(int tokens, int num_coherent, const RoutedWeight& linear) {
     Batch batch{num_coherent, {}, {}, {}};
+    const int first_pinned = tokens > 128 ? tokens / 2 : tokens;
     for (int i = 0; i < tokens; ++i) {
       const float step = linear.router.bytes[0][1] - linear.router.bytes[0][0];
       batch.price.push_back(std::exp(static_cast<float>(Uniform(-30, 10)) / 10) / step);
-      const bool pinned = Uniform(0, 7) == 0;
+      const bool pinned = i >= first_pinned || Uniform(0, 7) == 0;
       const auto level = static_cast<uint8_t>(Uniform(1, kNumLevels));
       batch.min_level.push_back(pinned ? level : 1);
       batch.max_level.push_back(pinned ? level : kNumLevels);
