@@ -7,7 +7,6 @@
 
 #include "kernels/cuda/attention.cuh"
 #include "kernels/cuda/attention_tiles.cuh"
-#include "kernels/cuda/driver.h"
 #include "kernels/cuda/ops.h"
 
 namespace mobi::cuda {
@@ -461,27 +460,6 @@ __global__ void __launch_bounds__(kAttentionThreads, kBlocksPerSm)
   }
 }
 
-template <typename T, int kHeadDim>
-bool MakeMap(const AttentionParams& params, const void* cache, int64_t stride, CUtensorMap* map) {
-  using Tile = KvTile<kHeadDim>;
-  static const auto encode = [] {
-    decltype(&cuTensorMapEncodeTiled) found = nullptr;
-    FindInDriver("cuTensorMapEncodeTiled", 12000, found);
-    return found;
-  }();
-  if (encode == nullptr) return false;
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(params.num_kv_heads) * kHeadDim,
-                               static_cast<cuuint64_t>(params.cache_rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * sizeof(T)};
-  const cuuint32_t box[2] = {Tile::kPartDims, static_cast<cuuint32_t>(params.box_rows)};
-  const cuuint32_t steps[2] = {1, 1};
-  return encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, const_cast<void*>(cache), sizes, strides,
-                box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                Tile::kPartDims == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
-                CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
 // Blocks of one sequence and head: as many as run at once, if there are tiles for them.
 int BlocksOf(const LaunchContext& context, const AttentionParams& params, int seqs) {
   const int wanted = std::clamp(kBlocksPerSm * context.num_sms / (seqs * params.num_kv_heads), 1,
@@ -517,10 +495,7 @@ cudaError_t LaunchDecodeAttention(const LaunchContext& context, AttentionParams 
   if (seqs_at_once < 1) return cudaErrorInvalidValue;
   params.counters = context.counters;
   CacheMaps maps{};
-  if (context.clusters && (!MakeMap<T, kHeadDim>(params, params.k, params.k_stride, &maps.k) ||
-                           !MakeMap<T, kHeadDim>(params, params.v, params.v_stride, &maps.v))) {
-    return cudaErrorInvalidValue;
-  }
+  if (context.clusters && !MakeCacheMaps<kHeadDim>(params, &maps)) return cudaErrorInvalidValue;
   for (int first = 0; first < params.num_seqs; first += seqs_at_once) {
     const int seqs = std::min(seqs_at_once, params.num_seqs - first);
     params.first_seq = first;

@@ -8,6 +8,7 @@
 #include <cuda.h>
 
 #include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/driver.h"
 #include "kernels/cuda/ptx.cuh"
 
 namespace mobi::cuda {
@@ -17,6 +18,34 @@ namespace mobi::cuda {
 struct CacheMaps {
   CUtensorMap k, v;
 };
+
+// Host side. False: the driver does not make them.
+template <int kHeadDim>
+bool MakeCacheMap(const AttentionParams& params, const void* cache, int64_t stride,
+                  CUtensorMap* map) {
+  using Tile = KvTile<kHeadDim>;
+  static const auto encode = [] {
+    decltype(&cuTensorMapEncodeTiled) found = nullptr;
+    FindInDriver("cuTensorMapEncodeTiled", 12000, found);
+    return found;
+  }();
+  if (encode == nullptr) return false;
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(params.num_kv_heads) * kHeadDim,
+                               static_cast<cuuint64_t>(params.cache_rows)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * sizeof(uint16_t)};
+  const cuuint32_t box[2] = {Tile::kPartDims, static_cast<cuuint32_t>(params.box_rows)};
+  const cuuint32_t steps[2] = {1, 1};
+  return encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, const_cast<void*>(cache), sizes, strides,
+                box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                Tile::kPartDims == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+                CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+template <int kHeadDim>
+bool MakeCacheMaps(const AttentionParams& params, CacheMaps* maps) {
+  return MakeCacheMap<kHeadDim>(params, params.k, params.k_stride, &maps->k) &&
+         MakeCacheMap<kHeadDim>(params, params.v, params.v_stride, &maps->v);
+}
 
 // Rows of a box, a power of two and the same for all of a tile.
 constexpr int BoxRows(int block_size) {
@@ -111,10 +140,7 @@ struct TileCopies {
     parity ^= 1;
     const int token = static_cast<int>(threadIdx.x);
     for (int chunk = 0; token >= here && chunk < kHeadDim / 8; ++chunk) {
-      asm volatile(
-          "st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(v_tile + Tile::Offset(token, chunk)),
-          "r"(0)
-          : "memory");
+      ptx::StoreZeros16(v_tile + Tile::Offset(token, chunk));
     }
     __syncthreads();
   }

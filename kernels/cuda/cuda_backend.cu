@@ -167,6 +167,7 @@ absl::Status CudaBackend::Initialize() {
   context_.stream = stream_;
   context_.num_sms = device_.num_sms;
   context_.dependent_launch = context_.clusters = device_.compute_capability >= 90;
+  context_.wgmma = device_.compute_capability == 90;
   context_.scratch_bytes = kScratchBytes;
   context_.num_counters = kNumCounters;
   return Synchronize();

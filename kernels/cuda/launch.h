@@ -20,6 +20,7 @@ struct LaunchContext {
   // Programmatic dependent launch and clusters: compute capability 9.0 and newer.
   bool dependent_launch = false;
   bool clusters = false;
+  bool wgmma = false;  // compute capability 9.0 alone
   // Scratch of one op; the next op overwrites it.
   std::byte* scratch = nullptr;
   size_t scratch_bytes = 0;

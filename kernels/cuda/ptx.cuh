@@ -64,6 +64,12 @@ __device__ __forceinline__ void TakeRegisters() {
 #endif
 }
 
+// ---- Shared memory.
+
+__device__ __forceinline__ void StoreZeros16(uint32_t shared) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(shared), "r"(0) : "memory");
+}
+
 // ---- Asynchronous copies from global to shared memory.
 
 // 16 bytes past L1; the hint lets DRAM stream ahead within one tile row.

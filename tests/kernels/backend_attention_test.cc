@@ -134,6 +134,7 @@ TEST_P(BackendAttention, PrefillEqualsReference) {
                                        {chunk, chunk},
                                        {129, 129},
                                        {chunk, chunk + Uniform(1, 200)},
+                                       {chunk, 700},
                                        {1, 77}}),
                     Describe(shape));
   }
@@ -150,7 +151,8 @@ TEST_P(BackendAttention, LargeScoresDoNotOverflow) {
 // The same bits for a sequence alone and in company, and for a prompt in one piece or in chunks.
 TEST_P(BackendAttention, IsBatchInvariant) {
   for (const AttentionShape& shape : {kShapes[0], kShapes[3]}) {
-    const Step step = RandomStep(shape, {{1, 350}, {40, 40}, {1, 3}, {33, 170}, {1, 65}});
+    const Step step =
+        RandomStep(shape, {{1, 350}, {40, 40}, {1, 3}, {33, 170}, {20, 650}, {1, 65}});
     const Matrix together = Run(step);
     for (size_t s = 0; s < step.context_len.size(); ++s) {
       const int begin = step.query_start[s], count = step.query_start[s + 1] - begin;
