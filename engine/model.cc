@@ -52,14 +52,19 @@ void Model::Embed(const StepTensors& step, const Activations& act) const {
 void Model::RunLinear(const Linear& linear, int layer, LinearGroup group, Tensor x,
                       const StepTensors& step, const Activations& act, Tensor out,
                       LinearObserver* observer) const {
-  uint8_t* levels = nullptr;
-  if (linear.routed.has_value()) {
-    levels = act.LevelsOf(layer, group);
-    backend_.Route(x, *linear.routed, step.routing, levels, act.max_tokens);
+  const uint8_t* levels = nullptr;
+  int64_t stride = act.max_tokens;
+  if (linear.routed.has_value() && step.pinned) {
+    levels = step.routing.max_level;
+    stride = 0;  // the same for all segments
+  } else if (linear.routed.has_value()) {
+    uint8_t* const chosen = act.LevelsOf(layer, group);
+    backend_.Route(x, *linear.routed, step.routing, chosen, stride);
+    levels = chosen;
   }
-  if (observer != nullptr) observer->OnInput(layer, group, x, levels, act.max_tokens);
+  if (observer != nullptr) observer->OnInput(layer, group, x, levels, stride);
   if (linear.routed.has_value()) {
-    backend_.SlicedMatmul(x, linear.routed->weight, levels, act.max_tokens, out);
+    backend_.SlicedMatmul(x, linear.routed->weight, levels, stride, out);
   } else {
     backend_.DenseMatmul(x, linear.dense, out);
   }

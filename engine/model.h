@@ -6,6 +6,7 @@
 #ifndef MOBI_ENGINE_MODEL_H_
 #define MOBI_ENGINE_MODEL_H_
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -49,6 +50,7 @@ struct StepTensors {
   const int32_t* positions = nullptr;
   const int32_t* slots = nullptr;  // KV row of each token; -1: not kept
   RoutingBatch routing;
+  bool pinned = false;  // all tokens are: nothing is routed, and linears read routing.max_level
   AttentionBatch attention;
 };
 
@@ -103,6 +105,8 @@ class Model {
   size_t weight_bytes() const { return weight_bytes_; }
   // 16 x 128 tiles of all routed linears: level_tiles of a token over this is its mean level.
   int64_t routed_tiles() const { return routed_tiles_; }
+  // Of all routed linears at a level.
+  uint64_t routed_bytes(int level) const { return routed_bytes_[level - 1]; }
   // Ids the checkpoint names as the end of text.
   absl::Span<const int32_t> eos_token_ids() const { return config_.eos_token_ids; }
 
@@ -144,6 +148,7 @@ class Model {
   int max_positions_ = 0;
   size_t weight_bytes_ = 0;
   int64_t routed_tiles_ = 0;
+  std::array<uint64_t, kNumLevels> routed_bytes_ = {};
   Tensor embedding_;  // [vocab_size, hidden_size]
   Tensor lm_head_;    // [vocab_size, hidden_size]; the embedding when tied; none when in slices
   std::optional<SlicedLmHead> sliced_lm_head_;

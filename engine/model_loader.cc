@@ -353,8 +353,9 @@ class ModelLoader {
     MOBI_ASSIGN_OR_RETURN(router.b2, Raw(host.b2, 1, int64_t{segments} * kNumLevels));
     for (int s = 0; s < segments; ++s) {
       for (int level = 1; level <= kNumLevels; ++level) {
-        router.bytes[s][level - 1] =
-            static_cast<float>(BytesAtLevel(group.linears[s].rows, group.linears[s].cols, level));
+        const double bytes = BytesAtLevel(group.linears[s].rows, group.linears[s].cols, level);
+        router.bytes[s][level - 1] = static_cast<float>(bytes);
+        model_->routed_bytes_[level - 1] += static_cast<uint64_t>(bytes);
       }
     }
     return router;

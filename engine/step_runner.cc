@@ -61,8 +61,6 @@ absl::StatusOr<StepResult> StepRunner::Run(absl::Span<const ScheduledChunk> plan
                                            const PrecisionTarget& target, int max_level) {
   StepResult result;
   Layout layout = LayOut(plan, target, max_level, result);
-  const int real_tokens =
-      layout.first_row.empty() ? 0 : layout.first_row.back() + result.chunks.back().chunk.count;
   Pad(layout);
   if (model_.sliced_lm_head().has_value()) LayOutLogitsLevels(layout, result);
   buffers_.Upload(layout.key.num_seqs, layout.num_edits, backend_);
@@ -76,9 +74,7 @@ absl::StatusOr<StepResult> StepRunner::Run(absl::Span<const ScheduledChunk> plan
   }
   backend_.Download(buffers_.sampled.device, sizeof(Sampled) * layout.num_sampled,
                     buffers_.sampled.host);
-  backend_.Download(buffers_.level_tiles.device, sizeof(uint32_t) * real_tokens,
-                    buffers_.level_tiles.host);
-  backend_.Download(buffers_.loaded_bytes.device, sizeof(uint64_t), buffers_.loaded_bytes.host);
+  DownloadCounts(layout);
   MOBI_RETURN_IF_ERROR(backend_.Synchronize());
   MOBI_RETURN_IF_ERROR(Score(layout, result));
   Collect(layout, result);
@@ -117,6 +113,11 @@ StepRunner::Layout StepRunner::LayOut(absl::Span<const ScheduledChunk> plan,
     AddChunk(static_cast<int>(i), coherent ? shared : target, result.chunks[i], layout);
   }
   layout.key.num_logits = layout.num_sampled;
+  // A step of decodes has the same kernels whatever its tokens are: it may be captured.
+  const int n = layout.key.num_tokens;
+  layout.pinned =
+      !layout.key.decode_only &&
+      std::equal(buffers_.min_level.host, buffers_.min_level.host + n, buffers_.max_level.host);
   return layout;
 }
 
@@ -249,6 +250,7 @@ StepTensors StepRunner::Tensors(const Layout& layout) const {
                   buffers_.max_level.device,
                   buffers_.level_tiles.device,
                   buffers_.loaded_bytes.device};
+  step.pinned = layout.pinned;
   step.attention = {layout.key.num_seqs,         layout.max_query_len,
                     layout.key.max_context_len,  buffers_.query_start.device,
                     buffers_.context_len.device, buffers_.block_table.device,
@@ -268,6 +270,21 @@ void StepRunner::Enqueue(const Layout& layout) {
   model_.Logits(hidden, buffers_.logits_levels.device, logits);
   backend_.Sample(logits, {n, buffers_.sampling.device, buffers_.edits.device},
                   buffers_.sampled.device);
+}
+
+void StepRunner::DownloadCounts(const Layout& layout) {
+  const int n = layout.key.num_tokens;
+  if (!layout.pinned) {
+    backend_.Download(buffers_.level_tiles.device, sizeof(uint32_t) * n, buffers_.level_tiles.host);
+    backend_.Download(buffers_.loaded_bytes.device, sizeof(uint64_t), buffers_.loaded_bytes.host);
+    return;
+  }
+  const uint8_t* const levels = buffers_.max_level.host;
+  for (int i = 0; i < n; ++i) {
+    buffers_.level_tiles.host[i] = static_cast<uint32_t>(levels[i] * model_.routed_tiles());
+  }
+  const int highest = *std::max_element(levels, levels + n);
+  *buffers_.loaded_bytes.host = model_.routed_bytes(highest);
 }
 
 absl::Status StepRunner::Score(const Layout& layout, StepResult& result) {

@@ -68,6 +68,7 @@ class StepRunner {
   struct Layout {
     StepKey key;
     int max_level = kNumLevels;
+    bool pinned = false;  // see StepTensors
     int num_sampled = 0;
     int num_edits = 0;
     int max_query_len = 1;
@@ -91,6 +92,8 @@ class StepRunner {
   void ChooseLogitsLevels(const int32_t* rows, int count, int num_coherent, uint8_t* levels) const;
   StepTensors Tensors(const Layout& layout) const;
   void Enqueue(const Layout& layout);
+  // What the step's routers have counted, to host memory.
+  void DownloadCounts(const Layout& layout);
   absl::Status Score(const Layout& layout, StepResult& result);
   void Collect(const Layout& layout, StepResult& result);
 

@@ -222,6 +222,7 @@ class Backend {
   virtual void Route(Tensor x, const RoutedWeight& linear, const RoutingBatch& batch,
                      uint8_t* levels, int64_t levels_stride) = 0;
   // out[token, rows of segment] = W_level(token, segment) x[token]; out may be fp32: logits.
+  // levels as Route leaves them; levels_stride 0: a token reads the same in all segments.
   virtual void SlicedMatmul(Tensor x, const SlicedWeight& weight, const uint8_t* levels,
                             int64_t levels_stride, Tensor out) = 0;
   // out = x weight^T; weight [out_features, in_features] fp32, fp16 or bf16; out may be fp32.

@@ -222,10 +222,10 @@ TEST_P(BackendMatmul, SlicedIsBatchInvariant) {
 }
 
 // Inside a step, long prompts may take another kernel: all are right, and the other tokens' bits
-// are those of the op on its own.
+// are those of the op on its own. Stride 0: one level of a token for all segments.
 TEST_P(BackendMatmul, SlicedInAStepWithLongPrompts) {
   for (const int num_short : {0, 1, 7, 40}) {
-    const int tokens = num_short + Uniform(1, 150);
+    const int tokens = num_short + Uniform(1, 150), stride = num_short % 2 == 0 ? tokens : 0;
     const int64_t cols = kGroupSize * Uniform(1, 20);
     const HostWeight host = RandomWeight(RandomSegments(), cols);
     const SlicedWeight weight = OnDevice(host);
@@ -235,15 +235,15 @@ TEST_P(BackendMatmul, SlicedInAStepWithLongPrompts) {
     const uint8_t* device_levels = OnDevice(levels);
     const Tensor out = OnDevice(Matrix::Poisoned(activations(), tokens, weight.rows));
     const StepKey key{.num_tokens = tokens, .num_seqs = num_short + 1, .num_short = num_short};
-    backend().RunStep(key, [&] { backend().SlicedMatmul(in, weight, device_levels, tokens, out); });
+    backend().RunStep(key, [&] { backend().SlicedMatmul(in, weight, device_levels, stride, out); });
 
     const Matrix expected = Matrix::Poisoned(DType::kF32, tokens, weight.rows);
-    reference::SlicedMatmul(x.view(), host.view, levels.data(), tokens, expected.view());
+    reference::SlicedMatmul(x.view(), host.view, levels.data(), stride, expected.view());
     ExpectClose(ToHost(out), expected, ToleranceOf(Op::kLongPrompt, activations()),
                 std::to_string(num_short) + " short of " + std::to_string(tokens));
     if (num_short == 0) continue;
     const Tensor alone = OnDevice(Matrix::Poisoned(activations(), num_short, weight.rows));
-    backend().SlicedMatmul(in.FirstRows(num_short), weight, device_levels, tokens, alone);
+    backend().SlicedMatmul(in.FirstRows(num_short), weight, device_levels, stride, alone);
     ExpectSame(ToHost(out.FirstRows(num_short)), ToHost(alone), "short");
   }
 }
