@@ -310,9 +310,10 @@ struct DecodeWarp90 : Decode90Ring<N, W, kBf16, kAhead> {
     for (uint32_t& fragment : a) fragment &= BytesOfLevel(level);
     Multiply(g, a, d);
     AwaitProducts();
+    const uint32_t differ = own_levels ^ (level - 1) * 0x55;
 #pragma unroll
     for (int j = 0; j < NT; ++j) {
-      const bool take = (own_levels >> (2 * j) & 3) == level - 1;
+      const bool take = (differ & 3u << (2 * j)) == 0;
 #pragma unroll
       for (int e = 4 * j; e < 4 * j + 4; ++e) of_own[e] = take ? d[e] : of_own[e];
     }

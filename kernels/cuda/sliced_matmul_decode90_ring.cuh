@@ -53,7 +53,11 @@ struct Decode90Ring : Decode90X<N, W, kBf16, kAhead> {
 
   uint32_t present = 0;  // 4 bits per segment: levels that occur among the tokens
   Stretch stretch;
-  OfWalk fill;    // what is asked for next
+  OfWalk fill;  // what is asked for next
+  // For mixed levels: the highest that is read in the unit that is asked for, and this lane's 16
+  // bytes of the ranges of group 0, four lanes for each level.
+  int highest;
+  const uint4* ranges_of_lane;
   int stage = 0;  // an offset in the warp's ring, of either one
   uint32_t ring;  // this lane's 16 bytes of it, a shared address
 
@@ -158,6 +162,10 @@ struct Decode90Ring : Decode90X<N, W, kBf16, kAhead> {
   template <int level>
   __device__ __forceinline__ void Start() {
     fill = {stretch.begin, end - begin, FirstOf(stretch.begin)};
+    if constexpr (level == kMixed) {
+      highest = HighestOf(stretch.begin);
+      ranges_of_lane = p.scales[min(lane / 4, kNumLevels - 1)] + lane % 4;
+    }
 #pragma unroll 1
     for (int i = 0; i < kStages; ++i) {
       Fill<level>();
@@ -173,28 +181,41 @@ struct Decode90Ring : Decode90X<N, W, kBf16, kAhead> {
       Ask<level>(count);
       fill.at += count;
       fill.left -= count;
-      if (fill.left == 0) fill = {fill.round + 1, end - begin, FirstOf(fill.round + 1)};
+      if (fill.left == 0) {
+        fill = {fill.round + 1, end - begin, FirstOf(fill.round + 1)};
+        if constexpr (level == kMixed) highest = HighestOf(fill.round);
+      }
     }
     ptx::CommitCopies();
   }
 
   template <int level>
   __device__ __forceinline__ void Ask(int count) const {
-    constexpr int kGroups = kStageGroups<level>;
     const uint32_t to = ring + stage;
-    if constexpr (level != kMixed) {
+    if constexpr (level == kMixed) {
+      AskMixed(to);
+    } else {
+      constexpr int kGroups = kStageGroups<level>;
 #pragma unroll
       for (int s = 0; s < level; ++s) AskSlice<kGroups>(s, to + s * kGroups * kTileBytes, count);
       AskRanges(level, to + kWarpStageScales, count);
-      return;
     }
-    const int highest = 32 - __clz(LevelsOf(TileOf(UnitOf(fill.round), own)));
+  }
+
+  // One group, with the ranges of all levels that are read, one after another.
+  __device__ __forceinline__ void AskMixed(uint32_t to) const {
 #pragma unroll
     for (int s = 0; s < kNumSlices; ++s) {
-      if (s >= highest) break;
-      AskSlice<1>(s, to + s * kTileBytes, 1);
-      AskRanges(s + 1, to + kWarpStageScales + s * kTileScaleBytes, 1);
+      if (s < highest) AskSlice<1>(s, to + s * kTileBytes, 1);
     }
+    static_assert(kTileScaleBytes == 4 * 16);  // so that `to` fits, which counts lanes
+    if (lane < 4 * highest) {
+      ptx::CopyAsync16(to + kWarpStageScales, ranges_of_lane + size_t{fill.at} * 4);
+    }
+  }
+
+  __device__ __forceinline__ int HighestOf(int round) const {
+    return 32 - __clz(LevelsOf(TileOf(UnitOf(round), own)));
   }
 
   // Mostly a stage is full: one address then serves all of its groups.
