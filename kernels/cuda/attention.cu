@@ -46,8 +46,9 @@ cudaError_t LaunchAttention(const LaunchContext& context, Tensor q, const KvLaye
   params.group = shape.num_heads / shape.num_kv_heads;
   params.scale_log2 = static_cast<float>(M_LOG2E / std::sqrt(static_cast<double>(shape.head_dim)));
   // A larger group does not fit the decode kernel's one mma tile, and odd blocks have no boxes; the
-  // prefill kernel takes any.
-  params.separate_decode = CanFuseRope(shape);
+  // prefill kernel takes any, so that it needs no other beside it for a step of one prompt.
+  const bool one_prompt = batch.num_seqs == 1 && batch.max_query_len > 1;
+  params.separate_decode = CanFuseRope(shape) && !one_prompt;
   return WithActivation(q.dtype, [&](auto element) {
     using T = decltype(element);
     switch (shape.head_dim) {

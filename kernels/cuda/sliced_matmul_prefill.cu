@@ -30,9 +30,8 @@ int MostTokenTiles(int num_tokens, int bn) {
 int64_t OrderBytes(int64_t num_tokens) {
   return (kMaxSegments * (num_tokens + kStartsOfSegment) * 4 + 255) / 256 * 256;
 }
-int64_t ImageBytes(const SlicedProblem& problem, int num_tokens, int bn) {
-  return int64_t{problem.num_segments} * MostTokenTiles(num_tokens, bn) * bn * problem.groups *
-         kGroupSize * 2;
+int64_t ImageBytes(const SlicedProblem& problem, int orders, int num_tokens, int bn) {
+  return int64_t{orders} * MostTokenTiles(num_tokens, bn) * bn * problem.groups * kGroupSize * 2;
 }
 
 template <int BN, bool kBf16>
@@ -40,7 +39,7 @@ cudaError_t LaunchTiles(const SlicedMatmulLaunch& launch, const SlicedProblem& p
                         PrefillPlan plan) {
   plan.token_tiles = MostTokenTiles(problem.num_tokens, BN);
   const int row_blocks = CountRowBlocks(problem, plan.segment_blocks);
-  const dim3 pack(problem.num_segments * plan.token_tiles * (BN / kPackTokens),
+  const dim3 pack(plan.orders * plan.token_tiles * (BN / kPackTokens),
                   DivideUp(problem.groups, kPackGroups));
   const cudaError_t error =
       LaunchSliced(launch, SlicedPackKernel<BN>, pack, kPackThreads, 0, problem, plan);
@@ -73,13 +72,14 @@ cudaError_t LaunchBest(const SlicedMatmulLaunch& launch, const SlicedProblem& pr
 
 cudaError_t LaunchSlicedPrefill(const SlicedMatmulLaunch& launch, const SlicedProblem& problem,
                                 DType x_type) {
+  PrefillPlan plan;
+  plan.orders = problem.levels_stride == 0 ? 1 : problem.num_segments;
   int round = std::min(problem.num_tokens, kMostPackTokens);
-  while (OrderBytes(round) + ImageBytes(problem, round, 256) >
+  while (OrderBytes(round) + ImageBytes(problem, plan.orders, round, 256) >
          static_cast<int64_t>(launch.workspace_bytes)) {
     if (round <= 256) return cudaErrorInvalidValue;
     round = std::max(round / 2, 256);
   }
-  PrefillPlan plan;
   plan.start = static_cast<int32_t*>(launch.workspace);
   plan.order = plan.start + kMaxSegments * kStartsOfSegment;
   plan.images = static_cast<uint8_t*>(launch.workspace) + OrderBytes(round);

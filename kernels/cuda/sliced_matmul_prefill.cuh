@@ -96,7 +96,7 @@ struct PrefillTiles {
   }
 
   __device__ __forceinline__ int TokenTilesOf(int segment) const {
-    return CountTokenTiles<BN>(starts + segment * kStartsOfSegment);
+    return CountTokenTiles<BN>(starts + plan.OrderOf(segment) * kStartsOfSegment);
   }
 
   __device__ __forceinline__ PrefillTile At(int index) const {
@@ -113,7 +113,7 @@ struct PrefillTiles {
     PrefillTile tile{};
     int begin_row = 0, begin_block = 0;
     for (int s = 0; s < p.num_segments; ++s) {
-      const int32_t* const start = starts + s * kStartsOfSegment;
+      const int32_t* const start = starts + plan.OrderOf(s) * kStartsOfSegment;
       const int end_row = p.segment_tiles[s] * kTileRows, end_block = plan.segment_blocks[s];
       const int token_tiles = TokenTilesOf(s), tiles = (end_block - begin_block) * token_tiles;
       if (index < tiles) {
@@ -447,7 +447,8 @@ struct Consumer {
     } else {
       MultiplyAhead<level, n>(d);
     }
-    const int32_t* const tokens = plan.order + tile.segment * p.num_tokens + tile.tokens.first;
+    const int32_t* const tokens =
+        plan.order + plan.OrderOf(tile.segment) * p.num_tokens + tile.tokens.first;
     if (p.out_type == DType::kF32) {
       StoreWide<n>(tile, tokens, d);
     } else {
@@ -507,7 +508,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
   }
   ptx::WaitForPrevious();
   int32_t* const starts = reinterpret_cast<int32_t*>(shared + Shared::kStarts);
-  if (threadIdx.x < p.num_segments * kStartsOfSegment) {
+  if (threadIdx.x < plan.orders * kStartsOfSegment) {
     starts[threadIdx.x] = __ldcg(plan.start + threadIdx.x);
   }
   __syncthreads();

@@ -21,12 +21,16 @@ inline constexpr int kStartsOfSegment = kImageSegment + 1;
 struct PrefillPlan {
   // Tokens of each segment by level: order[segment * num_tokens + i], those of level l from
   // start[segment * kStartsOfSegment + l - 1] to the next. At kImageSegment: the segment whose
-  // images serve this one, which reads the same levels.
+  // images serve this one, which reads the same levels. Of `orders` segments: with one, it is all
+  // segments'.
   int32_t* order = nullptr;
   int32_t* start = nullptr;
-  uint8_t* images = nullptr;              // [segment][tile], room for token_tiles each
+  uint8_t* images = nullptr;  // [segment][tile], room for token_tiles each
+  int orders = 1;
   int token_tiles = 0;                    // at most, of a segment
   int segment_blocks[kMaxSegments] = {};  // row blocks up to the end of each segment
+
+  __device__ __forceinline__ int OrderOf(int segment) const { return min(segment, orders - 1); }
 };
 
 // A tile's tokens: a run of its segment's order.
