@@ -1,4 +1,4 @@
-// How decode attention brings tiles of the cache into shared memory: box by box through the copy
+// How attention brings tiles of the cache into shared memory: box by box through the copy
 // engine (compute capability 9.0 and newer), or by all threads, 16 bytes at a time. Rows of V
 // behind the context are zero, as their weights are; those of K may be anything, their scores are
 // hidden.
