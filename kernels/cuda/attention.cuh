@@ -3,7 +3,8 @@
 // yields a maximum, a sum of weights and a weighted sum of V. Tiles are merged into the row's
 // result strictly in order. All kernels do this arithmetic operation for operation (a chain of
 // wgmma gives the bits of one of mma), so a token's output is bit-identical whether it was decoded
-// or prefilled, in whatever chunk and company. Source of the tile arithmetic: FlashAttention-2 (arXiv 2307.08691).
+// or prefilled, in whatever chunk and company. Source of the tile arithmetic: FlashAttention-2
+// (arXiv 2307.08691).
 #ifndef MOBI_KERNELS_CUDA_ATTENTION_CUH_
 #define MOBI_KERNELS_CUDA_ATTENTION_CUH_
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/transpose.cuh"
 
 namespace mobi::cuda {
 
@@ -134,16 +135,21 @@ struct PrefillRows {
     }
   }
 
+  // Four tiles of dims at a time, so that a lane writes eight dims side by side.
   __device__ __forceinline__ void Store(const float (&values)[kDimTiles][4]) const {
     const int t = static_cast<int>(threadIdx.x) % 4;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (out[i] == nullptr) continue;
       const float normalizer = state[i].Normalizer();
+      const auto pair = [&](int n) {
+        return Pack<T>(__fmul_rn(values[n][2 * i], normalizer),
+                       __fmul_rn(values[n][2 * i + 1], normalizer));
+      };
 #pragma unroll
-      for (int n = 0; n < kDimTiles; ++n) {
-        *reinterpret_cast<uint32_t*>(out[i] + 8 * n + 2 * t) = Pack<T>(
-            __fmul_rn(values[n][2 * i], normalizer), __fmul_rn(values[n][2 * i + 1], normalizer));
+      for (int n = 0; n < kDimTiles; n += 4) {
+        uint4 words = make_uint4(pair(n), pair(n + 1), pair(n + 2), pair(n + 3));
+        TransposeWords<1>(words, t);
+        if (out[i] != nullptr) *reinterpret_cast<uint4*>(out[i] + 8 * (n + t)) = words;
       }
     }
   }

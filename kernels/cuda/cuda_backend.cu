@@ -461,7 +461,7 @@ void CudaBackend::Attention(Tensor q, const KvLayer& kv, const AttentionBatch& b
   if (!EnterAlone() || batch.num_seqs == 0 || q.rows == 0) return;
   const bool head_dim = shape.head_dim == 32 || shape.head_dim == 64 || shape.head_dim == 128;
   const bool strides =
-      q.stride % 8 == 0 && kv.k.stride % 8 == 0 && kv.v.stride % 8 == 0 && out.stride % 2 == 0;
+      q.stride % 8 == 0 && kv.k.stride % 8 == 0 && kv.v.stride % 8 == 0 && out.stride % 8 == 0;
   if (!fault_.Require(IsActivation(q) && IsActivation(kv.k) && IsActivation(out) && head_dim &&
                           strides && shape.num_heads % shape.num_kv_heads == 0,
                       "Attention: types, strides, or a head_dim other than 32, 64 and 128")) {

@@ -11,6 +11,7 @@
 
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/sliced_matmul_problem.h"
+#include "kernels/cuda/transpose.cuh"
 
 namespace mobi::cuda {
 
@@ -194,18 +195,6 @@ __device__ __forceinline__ void ListTokens(const OwnTokens& tokens, const OwnCou
 
 // ---- Images. Half a warp carries one group of one token at a time, 16 bytes a lane.
 
-// words[i] of lane t of four, 4 lanes apart -> words[t] of lane i.
-__device__ __forceinline__ void TransposeWords(uint4& v, int t) {
-  const auto exchange = [t](uint32_t& low, uint32_t& high, int bit) {
-    const uint32_t got = __shfl_xor_sync(~0u, t & bit ? low : high, 4 * bit);
-    (t & bit ? low : high) = got;
-  };
-  exchange(v.x, v.y, 1);
-  exchange(v.z, v.w, 1);
-  exchange(v.x, v.z, 2);
-  exchange(v.y, v.w, 2);
-}
-
 // Grid: blocks of kPackTokens tokens of all segments' tiles; blocks of kPackGroups groups. Every
 // block sorts for itself: that takes less than a kernel more in the chain.
 template <int BN>
@@ -256,7 +245,7 @@ __global__ void __launch_bounds__(kPackThreads)
                 of_tile * 128 + ((word % 2 * 4 + t) ^ (of_tile % 8)) * 16;
 #pragma unroll
   for (int i = 0; i < kPackGroups; ++i) {
-    TransposeWords(v[i], t);
+    TransposeWords<4>(v[i], t);
     if (mine && begin + i < p.groups) {
       *reinterpret_cast<uint4*>(to + int64_t{begin + i} * 2 * (BN * 128)) = v[i];
     }
