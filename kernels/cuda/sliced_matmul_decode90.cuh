@@ -187,8 +187,8 @@ struct DecodeWarp90 : Decode90Ring<N, W, kBf16, kAhead> {
     }
   }
 
-  // What costs is instructions: of few tokens, a stage's groups are unrolled, so that addresses are
-  // constants.
+  // What costs is instructions: a stage's groups are unrolled, so that addresses are constants. Not
+  // of two tiles of tokens, whose operands by mma leave no registers for it: that was slower.
   template <int level>
   __device__ __forceinline__ void RunAtLevel() {
     constexpr int kGroups = GroupsPerStage(level);
@@ -198,7 +198,7 @@ struct DecodeWarp90 : Decode90Ring<N, W, kBf16, kAhead> {
         const int count = min(kGroups, end - first_of_stage);
         Await();
         const uint8_t* const from = StageData();
-#pragma unroll(NT == 1 ? kGroups : 1)
+#pragma unroll(NT == 2 ? 1 : kGroups)
         for (int i = 0; i < kGroups; ++i) {
           if (i >= count) break;
           const int g = first_of_stage + i;
