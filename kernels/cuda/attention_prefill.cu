@@ -74,8 +74,10 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
 template <typename T, int kHeadDim>
 cudaError_t LaunchPrefillAttention(const LaunchContext& context, const AttentionParams& params,
                                    int64_t num_tokens) {
-  cudaError_t error;
-  if (LaunchPrefillAttention90<T, kHeadDim>(context, params, num_tokens, &error)) return error;
+  if constexpr (kHeadDim >= kLeastHeadDim90) {
+    cudaError_t error;
+    if (LaunchPrefillAttention90<T, kHeadDim>(context, params, num_tokens, &error)) return error;
+  }
   // At most this many row tiles: one partly filled per sequence.
   const dim3 grid(CeilDiv(num_tokens * params.group, kRowsPerBlock) + params.num_seqs,
                   params.num_kv_heads);

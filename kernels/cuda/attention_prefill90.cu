@@ -213,30 +213,23 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <typename T, int kHeadDim>
 bool LaunchPrefillAttention90(const LaunchContext& context, const AttentionParams& params,
                               int64_t num_tokens, cudaError_t* error) {
-  if constexpr (kHeadDim < 64) {
+  CacheMaps maps{};
+  if (!context.wgmma || params.box_rows < kLeastBoxRows ||
+      !MakeCacheMaps<kHeadDim>(params, &maps)) {
     return false;
-  } else {
-    CacheMaps maps{};
-    if (!context.wgmma || params.box_rows < kLeastBoxRows ||
-        !MakeCacheMaps<kHeadDim>(params, &maps)) {
-      return false;
-    }
-    // At most this many row tiles: one partly filled per sequence.
-    const dim3 grid(CeilDiv(num_tokens * params.group, kRows) + params.num_seqs,
-                    params.num_kv_heads);
-    *error = Launch(context, PrefillAttention90Kernel<T, kHeadDim>, grid, kThreads,
-                    2 * kStages * KvTile<kHeadDim>::kBytes, params, maps);
-    return true;
   }
+  // At most this many row tiles: one partly filled per sequence.
+  const dim3 grid(CeilDiv(num_tokens * params.group, kRows) + params.num_seqs, params.num_kv_heads);
+  *error = Launch(context, PrefillAttention90Kernel<T, kHeadDim>, grid, kThreads,
+                  2 * kStages * KvTile<kHeadDim>::kBytes, params, maps);
+  return true;
 }
 
 #define MOBI_INSTANTIATE(T, kHeadDim)                  \
   template bool LaunchPrefillAttention90<T, kHeadDim>( \
       const LaunchContext&, const AttentionParams&, int64_t, cudaError_t*)
-MOBI_INSTANTIATE(half, 32);
 MOBI_INSTANTIATE(half, 64);
 MOBI_INSTANTIATE(half, 128);
-MOBI_INSTANTIATE(bfloat16, 32);
 MOBI_INSTANTIATE(bfloat16, 64);
 MOBI_INSTANTIATE(bfloat16, 128);
 #undef MOBI_INSTANTIATE
