@@ -281,7 +281,11 @@ TEST_F(EngineTest, WholeLevelPromptsReadOneLevelAndDecodesChoose) {
     request.precision = band;
     request.cache_salt = std::to_string(before.effective_tokens);
     Run(request);
-    const EngineStats after = engine_->stats();
+    EngineStats after;  // published after the end of the step that the request ends in
+    do {
+      std::this_thread::yield();
+      after = engine_->stats();
+    } while (after.effective_tokens < before.effective_tokens + 20);
     return (after.effective_bits_sum - before.effective_bits_sum) /
            static_cast<double>(after.effective_tokens - before.effective_tokens);
   };
@@ -294,6 +298,7 @@ TEST_F(EngineTest, WholeLevelPromptsReadOneLevelAndDecodesChoose) {
   CollectingSink sink;
   ASSERT_TRUE(engine_->Submit(Request(20, 40, 7), &sink).ok());
   sink.Wait();
+  ExpectAllBlocksFree();
   EXPECT_EQ(engine_->stats().tracked[Regime::kDecode].count, 39u);
 }
 
