@@ -4,6 +4,16 @@
 #include <cmath>
 
 namespace mobi {
+namespace {
+
+// Or max_level, if none has so many.
+int LowestLevelWith(float bits, int max_level) {
+  int level = 1;
+  while (level < max_level && static_cast<float>(BitsOfLevel(level)) < bits) ++level;
+  return level;
+}
+
+}  // namespace
 
 float PriceTable::PriceOf(float bits) const {
   if (points_.empty()) return 1.0f;
@@ -52,17 +62,12 @@ TokenPrecision Prices::Resolve(const PrecisionBand& band, const PrecisionTarget&
 
 int WholeLevel(const PrecisionBand& band, const PrecisionTarget& target, int max_level) {
   if (band.pinned()) return 0;
-  const float bits = PriceTable::BitsOf(band, target);
-  int level = 1;
-  while (level < max_level && static_cast<float>(BitsOfLevel(level)) < bits) ++level;
+  const int level = LowestLevelWith(PriceTable::BitsOf(band, target), max_level);
   return static_cast<float>(BitsOfLevel(level)) <= band.max_bits ? level : 0;
 }
 
 int NeededLevels(float floor_bits) {
-  if (floor_bits <= kMinBits) return 1;
-  int level = 1;
-  while (level < kNumLevels && static_cast<float>(BitsOfLevel(level)) < floor_bits + 1) ++level;
-  return level;
+  return floor_bits <= kMinBits ? 1 : LowestLevelWith(floor_bits + 1, kNumLevels);
 }
 
 int NeededLevels(const PrecisionBand& band) {
