@@ -74,7 +74,7 @@ absl::StatusOr<StepResult> StepRunner::Run(absl::Span<const ScheduledChunk> plan
   }
   backend_.Download(buffers_.sampled.device, sizeof(Sampled) * layout.num_sampled,
                     buffers_.sampled.host);
-  DownloadCounts(layout);
+  CollectCounts(layout);
   MOBI_RETURN_IF_ERROR(backend_.Synchronize());
   MOBI_RETURN_IF_ERROR(Score(layout, result));
   Collect(layout, result);
@@ -260,8 +260,10 @@ StepTensors StepRunner::Tensors(const Layout& layout) const {
 
 void StepRunner::Enqueue(const Layout& layout) {
   const StepTensors step = Tensors(layout);
-  backend_.Zero(buffers_.level_tiles.device, sizeof(uint32_t) * step.num_tokens);
-  backend_.Zero(buffers_.loaded_bytes.device, sizeof(uint64_t));
+  if (!layout.pinned) {  // else no router counts: see CollectCounts
+    backend_.Zero(buffers_.level_tiles.device, sizeof(uint32_t) * step.num_tokens);
+    backend_.Zero(buffers_.loaded_bytes.device, sizeof(uint64_t));
+  }
   model_.Forward(step, kv_, act_);
   const int n = layout.key.num_logits;
   if (n == 0) return;
@@ -272,7 +274,7 @@ void StepRunner::Enqueue(const Layout& layout) {
                   buffers_.sampled.device);
 }
 
-void StepRunner::DownloadCounts(const Layout& layout) {
+void StepRunner::CollectCounts(const Layout& layout) {
   const int n = layout.key.num_tokens;
   if (!layout.pinned) {
     backend_.Download(buffers_.level_tiles.device, sizeof(uint32_t) * n, buffers_.level_tiles.host);

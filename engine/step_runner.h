@@ -92,8 +92,8 @@ class StepRunner {
   void ChooseLogitsLevels(const int32_t* rows, int count, int num_coherent, uint8_t* levels) const;
   StepTensors Tensors(const Layout& layout) const;
   void Enqueue(const Layout& layout);
-  // What the step's routers have counted, to host memory.
-  void DownloadCounts(const Layout& layout);
+  // What the step's routers have counted, or would have, to host memory.
+  void CollectCounts(const Layout& layout);
   absl::Status Score(const Layout& layout, StepResult& result);
   void Collect(const Layout& layout, StepResult& result);
 
