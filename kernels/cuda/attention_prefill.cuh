@@ -155,8 +155,8 @@ struct PrefillRows {
   }
 };
 
-// attention_prefill90.cu: false: not on this device, or of these blocks of the cache.
 inline constexpr int kLeastHeadDim90 = 64;  // a row of a swizzle
+// attention_prefill90.cu: false: not on this device, or of these blocks of the cache.
 template <typename T, int kHeadDim>
 bool LaunchPrefillAttention90(const LaunchContext& context, const AttentionParams& params,
                               int64_t num_tokens, cudaError_t* error);

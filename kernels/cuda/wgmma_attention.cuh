@@ -43,27 +43,21 @@ struct WgmmaAttention;
 #define MOBI_SUMS_64(how)                                                              \
   MOBI_SUMS_32(how), MOBI_SUMS_8(how, 32), MOBI_SUMS_8(how, 40), MOBI_SUMS_8(how, 48), \
       MOBI_SUMS_8(how, 56)
-#define MOBI_WGMMA_ATTENTION(N, kBf16, type, kTransposed, transposed, sums)                    \
-  template <>                                                                                  \
-  struct WgmmaAttention<N, kBf16, kTransposed> {                                               \
-    static __device__ __forceinline__ void FromZero(float (&d)[N / 2], const uint32_t (&a)[4], \
-                                                    uint64_t b) {                              \
-      asm volatile(                                                                            \
-          "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"                                           \
-          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " " MOBI_LIST_##sums \
-          "p, 1, 1, " transposed ";\n}\n"                                                      \
-          : MOBI_SUMS_##sums("=f")                                                             \
-          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                               \
-    }                                                                                          \
-    static __device__ __forceinline__ void Add(float (&d)[N / 2], const uint32_t (&a)[4],      \
-                                               uint64_t b) {                                   \
-      asm volatile(                                                                            \
-          "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"                                           \
-          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " " MOBI_LIST_##sums \
-          "p, 1, 1, " transposed ";\n}\n"                                                      \
-          : MOBI_SUMS_##sums("+f")                                                             \
-          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                               \
-    }                                                                                          \
+#define MOBI_WGMMA_FORM(name, adds, how, N, type, transposed, sums)                    \
+  static __device__ __forceinline__ void name(float(&d)[N / 2], const uint32_t(&a)[4], \
+                                              uint64_t b) {                            \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " adds                              \
+                 ", 0;\n"                                                              \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type       \
+                 " " MOBI_LIST_##sums "p, 1, 1, " transposed ";\n}\n"                  \
+                 : MOBI_SUMS_##sums(how)                                               \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                \
+  }
+#define MOBI_WGMMA_ATTENTION(N, kBf16, type, kTransposed, transposed, sums) \
+  template <>                                                               \
+  struct WgmmaAttention<N, kBf16, kTransposed> {                            \
+    MOBI_WGMMA_FORM(FromZero, "0", "=f", N, type, transposed, sums)         \
+    MOBI_WGMMA_FORM(Add, "1", "+f", N, type, transposed, sums)              \
   }
 #if MOBI_WGMMA
 MOBI_WGMMA_ATTENTION(128, false, "f16", false, "0", 64);
@@ -74,6 +68,7 @@ MOBI_WGMMA_ATTENTION(128, false, "f16", true, "1", 64);
 MOBI_WGMMA_ATTENTION(128, true, "bf16", true, "1", 64);
 #endif
 #undef MOBI_WGMMA_ATTENTION
+#undef MOBI_WGMMA_FORM
 #undef MOBI_SUMS_64
 #undef MOBI_SUMS_32
 #undef MOBI_SUMS_8
