@@ -26,6 +26,13 @@ bool IsShort(const ScheduledChunk& chunk) {
   return chunk.decode || chunk.sequence->request->prompt_length() < kLongPrompt;
 }
 
+// The level that all of these tokens read, whatever routers say; 0: there is none.
+int OnlyLevel(absl::Span<const uint8_t> lowest, absl::Span<const uint8_t> highest) {
+  const bool one = lowest == highest && std::all_of(highest.begin(), highest.end(),
+                                                    [&](int level) { return level == highest[0]; });
+  return one && !highest.empty() ? highest[0] : 0;
+}
+
 }  // namespace
 
 absl::StatusOr<StepRunner> StepRunner::Create(const EngineOptions& options, int max_model_len,
@@ -115,9 +122,11 @@ StepRunner::Layout StepRunner::LayOut(absl::Span<const ScheduledChunk> plan,
   layout.key.num_logits = layout.num_sampled;
   // A step of decodes has the same kernels whatever its tokens are: it may be captured.
   const int n = layout.key.num_tokens;
-  layout.pinned =
-      !layout.key.decode_only &&
-      std::equal(buffers_.min_level.host, buffers_.min_level.host + n, buffers_.max_level.host);
+  const absl::Span<const uint8_t> lowest(buffers_.min_level.host, n);
+  const absl::Span<const uint8_t> highest(buffers_.max_level.host, n);
+  layout.pinned = !layout.key.decode_only && lowest == highest;
+  const int num_short = layout.key.num_short;
+  layout.key.long_level = OnlyLevel(lowest.subspan(num_short), highest.subspan(num_short));
   return layout;
 }
 

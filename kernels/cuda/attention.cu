@@ -27,9 +27,10 @@ bool CanFuseRope(const AttentionShape& shape) {
 
 cudaError_t LaunchAttention(const LaunchContext& context, Tensor q, const KvLayer& kv,
                             const AttentionBatch& batch, const AttentionShape& shape,
-                            const DecodeRope& rope, Tensor out) {
+                            const DecodeRope& rope, Tensor out, const PrefillImages& images) {
   AttentionParams params{};
   params.rope = rope;
+  params.images = images;
   params.q = q.data, params.q_stride = q.stride;
   params.k = kv.k.data, params.k_stride = kv.k.stride;
   params.v = kv.v.data, params.v_stride = kv.v.stride;
@@ -45,10 +46,11 @@ cudaError_t LaunchAttention(const LaunchContext& context, Tensor q, const KvLaye
   params.num_kv_heads = shape.num_kv_heads;
   params.group = shape.num_heads / shape.num_kv_heads;
   params.scale_log2 = static_cast<float>(M_LOG2E / std::sqrt(static_cast<double>(shape.head_dim)));
-  // A larger group does not fit the decode kernel's one mma tile, and odd blocks have no boxes; the
-  // prefill kernel takes any, so that it needs no other beside it for a step of one prompt.
+  // A larger group does not fit the decode kernel's one mma tile, odd blocks have no boxes, and it
+  // leaves no images; the prefill kernel takes any, so that it needs no other beside it for a step
+  // of one prompt.
   const bool one_prompt = batch.num_seqs == 1 && batch.max_query_len > 1;
-  params.separate_decode = CanFuseRope(shape) && !one_prompt;
+  params.separate_decode = CanFuseRope(shape) && !one_prompt && images.bytes == nullptr;
   return WithActivation(q.dtype, [&](auto element) {
     using T = decltype(element);
     switch (shape.head_dim) {

@@ -40,6 +40,7 @@ struct AttentionParams {
   float scale_log2;      // log2(e) / sqrt(head_dim)
   bool separate_decode;  // sequences with one query are the decode kernel's
   DecodeRope rope;       // decode: rotates and caches the step's own token first
+  PrefillImages images;  // not decode: of all rows, or none
   // Decode: the tiles' results where they meet in memory, [seq][head][tile][head_dim] and
   // [seq][head][tile] (maximum, sum); null: they do not.
   float* partial;

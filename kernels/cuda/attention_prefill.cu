@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
   CopyTile<T, Tile>(v_tile, p.v, p.v_stride, kv_col, cache_rows[0]);
   CommitCopies();
   uint32_t q[kHeadDim / 16][4];
-  LoadQueries<T, kHeadDim>(rows.query[0], rows.query[1], lane % 4, q);
+  rows.Load(q);
 
   float values[kDimTiles][4] = {};
   for (int tile = 0; tile < tiles; ++tile) {
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
     }
     CommitCopies();
     uint32_t weights[kTileTokens / 16][4];
-    rows.Weigh(p, tile, scores, weights);
+    rows.Weigh(tile, scores, weights);
     WaitCopies<1>();
     __syncthreads();  // V is here
     float part[kDimTiles][4];

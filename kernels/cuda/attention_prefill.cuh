@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/prefill_image.cuh"
 #include "kernels/cuda/transpose.cuh"
 
 namespace mobi::cuda {
@@ -69,30 +70,42 @@ template <typename T, int kHeadDim>
 struct PrefillRows {
   static constexpr int kDimTiles = kHeadDim / 8, kTiles = kTileTokens / 8;
 
+  const AttentionParams& p;
+  const PrefillSequence& sequence;
+  int kv_head, first_row;
   int position[2];  // tokens up to here are seen
-  const T* query[2];
-  T* out[2];  // null: there is no such row
   RowState state[2];
   float keep[2], take[2];  // of the last tile's merge
 
   __device__ __forceinline__ PrefillRows(const AttentionParams& p, const PrefillSequence& sequence,
-                                         int kv_head, int first_row) {
-    const int g = static_cast<int>(threadIdx.x) % 32 / 4;
+                                         int kv_head, int first_row)
+      : p(p), sequence(sequence), kv_head(kv_head), first_row(first_row) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = first_row + g + 8 * i, at = row / p.group;
-      const int64_t head = kv_head * p.group + row % p.group, token = sequence.first_query + at;
-      const bool is_row = row < sequence.Rows(p);
-      position[i] = sequence.context - sequence.queries + at;
-      query[i] =
-          is_row ? static_cast<const T*>(p.q) + token * p.q_stride + head * kHeadDim : nullptr;
-      out[i] = is_row ? static_cast<T*>(p.out) + token * p.out_stride + head * kHeadDim : nullptr;
+      position[i] = sequence.context - sequence.queries + Row(i) / p.group;
     }
   }
 
+  // Of the sequence; there may be no such row.
+  __device__ __forceinline__ int Row(int i) const {
+    return first_row + static_cast<int>(threadIdx.x) % 32 / 4 + 8 * i;
+  }
+  __device__ __forceinline__ bool HasRow(int i) const { return Row(i) < sequence.Rows(p); }
+  __device__ __forceinline__ int64_t Token(int i) const {
+    return sequence.first_query + Row(i) / p.group;
+  }
+  __device__ __forceinline__ int Head(int i) const { return kv_head * p.group + Row(i) % p.group; }
+
+  __device__ __forceinline__ void Load(uint32_t (&q)[kHeadDim / 16][4]) const {
+    const auto query = [&](int i) {
+      return HasRow(i) ? static_cast<const T*>(p.q) + Token(i) * p.q_stride + Head(i) * kHeadDim
+                       : nullptr;
+    };
+    LoadQueries<T, kHeadDim>(query(0), query(1), static_cast<int>(threadIdx.x) % 4, q);
+  }
+
   // The scores of a tile become weights, as operands of 16 tokens each.
-  __device__ __forceinline__ void Weigh(const AttentionParams& p, int tile,
-                                        float (&scores)[kTiles][4],
+  __device__ __forceinline__ void Weigh(int tile, float (&scores)[kTiles][4],
                                         uint32_t (&weights)[kTileTokens / 16][4]) {
     const int t = static_cast<int>(threadIdx.x) % 4;
     if (tile * kTileTokens + kTileTokens - 1 > position[0]) {
@@ -135,9 +148,7 @@ struct PrefillRows {
     }
   }
 
-  // Four tiles of dims at a time, so that a lane writes eight dims side by side.
   __device__ __forceinline__ void Store(const float (&values)[kDimTiles][4]) const {
-    const int t = static_cast<int>(threadIdx.x) % 4;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float normalizer = state[i].Normalizer();
@@ -145,11 +156,45 @@ struct PrefillRows {
         return Pack<T>(__fmul_rn(values[n][2 * i], normalizer),
                        __fmul_rn(values[n][2 * i + 1], normalizer));
       };
+      if (p.images.bytes != nullptr) {
+        if (HasRow(i)) LeaveInImage(i, pair);
+      } else {
+        StoreRow(i, pair);
+      }
+    }
+  }
+
+ private:
+  // Four tiles of dims at a time, so that a lane writes eight dims side by side.
+  template <typename Pair>
+  __device__ __forceinline__ void StoreRow(int i, const Pair& pair) const {
+    const int t = static_cast<int>(threadIdx.x) % 4;
+    T* const out = static_cast<T*>(p.out) + Token(i) * p.out_stride + Head(i) * kHeadDim;
 #pragma unroll
-      for (int n = 0; n < kDimTiles; n += 4) {
-        uint4 words = make_uint4(pair(n), pair(n + 1), pair(n + 2), pair(n + 3));
-        TransposeWords<1>(words, t);
-        if (out[i] != nullptr) *reinterpret_cast<uint4*>(out[i] + 8 * (n + t)) = words;
+    for (int n = 0; n < kDimTiles; n += 4) {
+      uint4 words = make_uint4(pair(n), pair(n + 1), pair(n + 2), pair(n + 3));
+      TransposeWords<1>(words, t);
+      if (HasRow(i)) *reinterpret_cast<uint4*>(out + 8 * (n + t)) = words;
+    }
+  }
+
+  // A lane has the words that are side by side in the image.
+  template <typename Pair>
+  __device__ __forceinline__ void LeaveInImage(int i, const Pair& pair) const {
+    constexpr int kWords = kHeadDim / 32, kHeads = kGroupSize / kHeadDim;  // of a chunk, a group
+    const ImageRow row(p.images, Token(i));
+    const int head = Head(i), part = head % kHeads * kWords;
+#pragma unroll
+    for (int word = 0; word < 4; ++word) {
+      const ImageChunk chunk(word, static_cast<int>(threadIdx.x) % 4);
+      auto* const to = reinterpret_cast<uint32_t*>(row.At(head / kHeads, chunk)) + part;
+      if constexpr (kWords == 4) {
+        *reinterpret_cast<uint4*>(to) =
+            make_uint4(pair(word), pair(4 + word), pair(8 + word), pair(12 + word));
+      } else if constexpr (kWords == 2) {
+        *reinterpret_cast<uint2*>(to) = make_uint2(pair(word), pair(4 + word));
+      } else {
+        *to = pair(word);
       }
     }
   }

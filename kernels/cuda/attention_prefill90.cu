@@ -110,7 +110,7 @@ __device__ __forceinline__ void ClearBehind(uint32_t v_tile, int count) {
 #if MOBI_WGMMA
 // A warpgroup's 64 rows.
 template <typename T, int kHeadDim>
-__device__ __forceinline__ void Attend(const AttentionParams& p, const PrefillSequence& sequence,
+__device__ __forceinline__ void Attend(const PrefillSequence& sequence,
                                        PrefillRows<T, kHeadDim>& rows, int tiles,
                                        TileRing<kHeadDim> k, TileRing<kHeadDim> v) {
   using Tile = KvTile<kHeadDim>;
@@ -126,7 +126,7 @@ __device__ __forceinline__ void Attend(const AttentionParams& p, const PrefillSe
     ring.Next();
   };
   uint32_t q[kSteps][4];
-  LoadQueries<T, kHeadDim>(rows.query[0], rows.query[1], lane % 4, q);
+  rows.Load(q);
   float values[Rows::kDimTiles][4] = {};
   for (int tile = 0; tile < tiles; ++tile) {
     float scores[Rows::kTiles][4];
@@ -146,7 +146,7 @@ __device__ __forceinline__ void Attend(const AttentionParams& p, const PrefillSe
     ptx::WgmmaCommit();
     release(k);
     uint32_t weights[kTileTokens / 16][4];
-    rows.Weigh(p, tile, scores, weights);
+    rows.Weigh(tile, scores, weights);
     ptx::BarrierWait(v.Full(), v.parity);
     const int count = sequence.context - tile * kTileTokens;
     if (count < kTileTokens) ClearBehind<kHeadDim>(v.At(), count);
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     ptx::TakeRegisters<kConsumerRegisters>();
     PrefillRows<T, kHeadDim> rows(p, sequence, kv_head, where.first_row + warp * kRowsPerWarp);
-    Attend<T, kHeadDim>(p, sequence, rows, tiles, k, v);
+    Attend<T, kHeadDim>(sequence, rows, tiles, k, v);
   }
 #endif
 }

@@ -86,7 +86,8 @@ class CudaBackend final : public Backend {
  private:
   // Ops that wait for the next one, which may be able to do both in one kernel. A norm or SwiGLU is
   // taken by the route that follows, that by its matmul, and that by the norm that adds its output
-  // to the residual.
+  // to the residual. In a step whose long prompts read one level, these ops and attention leave
+  // their results as the matmul reads them.
   struct PendingRope {
     Tensor qkv;
     RopeTable rope;
@@ -99,13 +100,22 @@ class CudaBackend final : public Backend {
     cuda::RouteSource source;
     Tensor x;
   };
+  struct PendingAttention {
+    Tensor q;
+    KvLayer kv;
+    AttentionBatch batch;
+    AttentionShape shape;
+    Tensor out;
+  };
 
   // Before any CUDA call: false once the device has failed. The current device belongs to the
   // calling thread, and a backend may change threads between start and first step.
   bool Enter();
   // The same, and what is pending is launched. Every public method begins with one of the two.
   bool EnterAlone();
-  void LaunchInput(const PendingInput& pending);
+  cudaError_t LaunchInput(const PendingInput& pending, const cuda::PrefillImages& images = {});
+  // The matmul of long prompts with the pending op that makes their x; false: not of these.
+  bool LaunchWithInput(Tensor x, const SlicedWeight& weight, int64_t num_short, Tensor out);
   void LaunchRoute(const cuda::RoutedMatmul& op);
   cuda::SlicedMatmulLaunch MatmulLaunch() const;
   bool IsActivation(const Tensor& t) const { return t.dtype == activation_; }
@@ -123,10 +133,11 @@ class CudaBackend final : public Backend {
   int clusters_[4] = {};  // of 2^i blocks that run at a time
   std::unique_ptr<cuda::Staging> staging_;
   std::unique_ptr<cuda::StepGraphs> graphs_;
-  std::optional<PendingInput> pending_input_;         // at most one of the four is set
+  std::optional<PendingInput> pending_input_;         // at most one of the five is set
   std::optional<cuda::RoutedMatmul> pending_route_;   // without its output
   std::optional<cuda::RoutedMatmul> pending_matmul_;  // without its residual
   std::optional<PendingRope> pending_rope_;
+  std::optional<PendingAttention> pending_attention_;
   std::optional<StepKey> step_;           // while a step with prompts runs
   std::unique_ptr<cuda::Cublas> cublas_;  // loaded by the first op that can use it
   bool cublas_asked_ = false;
@@ -196,20 +207,25 @@ bool CudaBackend::Enter() {
   return fault_.Check(cudaSetDevice(device_.device), "set device");
 }
 
-void CudaBackend::LaunchInput(const PendingInput& pending) {
+cudaError_t CudaBackend::LaunchInput(const PendingInput& pending,
+                                     const cuda::PrefillImages& images) {
   const cuda::RouteSource& source = pending.source;
-  if (source.input == cuda::RouteInput::kSwiGlu) {
-    fault_.Check(cuda::LaunchSwiGlu(context_, source.source, pending.x), "SwiGlu");
-  } else {
-    fault_.Check(cuda::LaunchRmsNorm(context_, source.source, source.delta, source.norm_weight,
-                                     source.eps, pending.x),
-                 "RmsNorm");
-  }
+  return source.input == cuda::RouteInput::kSwiGlu
+             ? cuda::LaunchSwiGlu(context_, source.source, pending.x, images)
+             : cuda::LaunchRmsNorm(context_, source.source, source.delta, source.norm_weight,
+                                   source.eps, pending.x, images);
 }
 
 bool CudaBackend::EnterAlone() {
   if (!Enter()) return false;
-  if (const auto input = std::exchange(pending_input_, std::nullopt)) LaunchInput(*input);
+  if (const auto input = std::exchange(pending_input_, std::nullopt)) {
+    fault_.Check(LaunchInput(*input), "RmsNorm or SwiGlu");
+  }
+  if (const auto attention = std::exchange(pending_attention_, std::nullopt)) {
+    fault_.Check(cuda::LaunchAttention(context_, attention->q, attention->kv, attention->batch,
+                                       attention->shape, {}, attention->out),
+                 "Attention");
+  }
   if (const auto route = std::exchange(pending_route_, std::nullopt)) LaunchRoute(*route);
   if (const auto matmul = std::exchange(pending_matmul_, std::nullopt)) {
     fault_.Check(cuda::LaunchRoutedMatmul(context_, MatmulLaunch(), *matmul), "SlicedMatmul");
@@ -403,6 +419,7 @@ void CudaBackend::SlicedMatmul(Tensor x, const SlicedWeight& weight, const uint8
     pending_matmul_->out = out;
     return;
   }
+  const bool long_done = num_short < out.rows && LaunchWithInput(x, weight, num_short, out);
   if (!EnterAlone() || out.rows == 0) return;
   cuda::SlicedMatmulLaunch launch = MatmulLaunch();
   if (num_short > 0) {
@@ -410,13 +427,41 @@ void CudaBackend::SlicedMatmul(Tensor x, const SlicedWeight& weight, const uint8
                                           levels_stride, out.FirstRows(num_short)),
                  "SlicedMatmul");
   }
-  if (num_short < out.rows) {
+  if (num_short < out.rows && !long_done) {
     launch.path = cuda::SlicedMatmulPath::kPrefill;
     fault_.Check(cuda::LaunchSlicedMatmul(launch, x.Rows(num_short, out.rows - num_short), weight,
                                           levels + num_short, levels_stride,
                                           out.Rows(num_short, out.rows - num_short)),
                  "SlicedMatmul");
   }
+}
+
+bool CudaBackend::LaunchWithInput(Tensor x, const SlicedWeight& weight, int64_t num_short,
+                                  Tensor out) {
+  const auto makes_x = [&](const Tensor& made) {
+    return made.data == x.data && made.rows == x.rows && made.stride == x.stride;
+  };
+  const bool input = pending_input_.has_value() && makes_x(pending_input_->x);
+  const bool attention = pending_attention_.has_value() && makes_x(pending_attention_->out);
+  const Tensor long_x = x.Rows(num_short, x.rows - num_short);
+  const Tensor long_out = out.Rows(num_short, x.rows - num_short);
+  const cuda::SlicedMatmulLaunch launch = MatmulLaunch();
+  if (step_->long_level == 0 || (!input && !attention) ||
+      !cuda::TakesPrefillImages(launch, long_x, weight, long_out) || !Enter()) {
+    return false;
+  }
+  const auto leave = [&](cuda::PrefillImages images) {
+    images.first_row = static_cast<int>(num_short);
+    if (const auto made = std::exchange(pending_input_, std::nullopt)) {
+      return LaunchInput(*made, images);
+    }
+    const auto made = std::exchange(pending_attention_, std::nullopt);
+    return cuda::LaunchAttention(context_, made->q, made->kv, made->batch, made->shape, {},
+                                 made->out, images);
+  };
+  fault_.Check(cuda::LaunchSlicedMatmul(launch, long_x, weight, step_->long_level, leave, long_out),
+               "SlicedMatmul");
+  return true;
 }
 
 bool CudaBackend::HasCublas() {
@@ -465,6 +510,11 @@ void CudaBackend::Attention(Tensor q, const KvLayer& kv, const AttentionBatch& b
   if (!fault_.Require(IsActivation(q) && IsActivation(kv.k) && IsActivation(out) && head_dim &&
                           strides && shape.num_heads % shape.num_kv_heads == 0,
                       "Attention: types, strides, or a head_dim other than 32, 64 and 128")) {
+    return;
+  }
+  // Decodes and short prompts beside them would need their rows of `out`.
+  if (step_.has_value() && step_->long_level > 0 && step_->num_short == 0) {
+    pending_attention_ = {q, kv, batch, shape, out};
     return;
   }
   fault_.Check(cuda::LaunchAttention(context_, q, kv, batch, shape, rope, out), "Attention");

@@ -68,6 +68,23 @@ __device__ __forceinline__ float2 Unpack(uint32_t pair) {
   }
 }
 
+// Eight neighbours.
+template <typename T>
+__device__ __forceinline__ uint4 PackElements(const float (&v)[8]) {
+  return make_uint4(Pack<T>(v[0], v[1]), Pack<T>(v[2], v[3]), Pack<T>(v[4], v[5]),
+                    Pack<T>(v[6], v[7]));
+}
+
+template <typename T>
+__device__ __forceinline__ void UnpackElements(const uint4& from, float (&v)[8]) {
+  const uint32_t words[4] = {from.x, from.y, from.z, from.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = Unpack<T>(words[i]);
+    v[2 * i] = pair.x, v[2 * i + 1] = pair.y;
+  }
+}
+
 // Eight neighbours as floats; those from `valid` on read as 0 and are not touched. `vector`: p is
 // aligned to 16 bytes and valid is at least 8 or at most 0.
 template <typename T>
@@ -79,11 +96,7 @@ __device__ __forceinline__ void Load8(const T* p, int64_t valid, bool vector, fl
       v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w;
       v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
     } else {
-      const uint4 words = *reinterpret_cast<const uint4*>(p);
-      const float2 a = Unpack<T>(words.x), b = Unpack<T>(words.y);
-      const float2 c = Unpack<T>(words.z), d = Unpack<T>(words.w);
-      v[0] = a.x, v[1] = a.y, v[2] = b.x, v[3] = b.y;
-      v[4] = c.x, v[5] = c.y, v[6] = d.x, v[7] = d.y;
+      UnpackElements<T>(*reinterpret_cast<const uint4*>(p), v);
     }
     return;
   }
@@ -98,8 +111,7 @@ __device__ __forceinline__ void Store8(T* p, int64_t valid, bool vector, const f
       reinterpret_cast<float4*>(p)[0] = make_float4(v[0], v[1], v[2], v[3]);
       reinterpret_cast<float4*>(p)[1] = make_float4(v[4], v[5], v[6], v[7]);
     } else {
-      *reinterpret_cast<uint4*>(p) = make_uint4(Pack<T>(v[0], v[1]), Pack<T>(v[2], v[3]),
-                                                Pack<T>(v[4], v[5]), Pack<T>(v[6], v[7]));
+      *reinterpret_cast<uint4*>(p) = PackElements<T>(v);
     }
     return;
   }

@@ -9,6 +9,7 @@
 
 #include "kernels/backend.h"
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/prefill_image.h"
 
 namespace mobi::cuda {
 
@@ -23,10 +24,12 @@ inline constexpr int kFewRoutedTokens = 128;
 // out[i] = table[ids[i]], any float types. Embed and GatherRows.
 cudaError_t LaunchGather(const LaunchContext& context, Tensor table, const int32_t* ids,
                          Tensor out);
+// images: where rows of out are left instead, if there are images; their columns are whole groups.
 // delta.data null: RmsNorm of residual, which is then only read.
 cudaError_t LaunchRmsNorm(const LaunchContext& context, Tensor residual, Tensor delta,
-                          Tensor weight, float eps, Tensor out);
-cudaError_t LaunchSwiGlu(const LaunchContext& context, Tensor gate_up, Tensor out);
+                          Tensor weight, float eps, Tensor out, const PrefillImages& images = {});
+cudaError_t LaunchSwiGlu(const LaunchContext& context, Tensor gate_up, Tensor out,
+                         const PrefillImages& images = {});
 cudaError_t LaunchRope(const LaunchContext& context, Tensor qkv, const RopeTable& rope,
                        const int32_t* positions, const int32_t* slots, const AttentionShape& shape,
                        KvLayer kv);
@@ -40,10 +43,11 @@ struct DecodeRope {
   const int32_t* slots = nullptr;
 };
 
-// rope: only where every sequence has one token, and its heads fit CanFuseRope.
+// rope: only where every sequence has one token, and its heads fit CanFuseRope. images: of all
+// rows.
 cudaError_t LaunchAttention(const LaunchContext& context, Tensor q, const KvLayer& kv,
                             const AttentionBatch& batch, const AttentionShape& shape,
-                            const DecodeRope& rope, Tensor out);
+                            const DecodeRope& rope, Tensor out, const PrefillImages& images = {});
 bool CanFuseRope(const AttentionShape& shape);
 // What the router's input x is made of: x itself, or the op before it, done in the same kernel.
 enum class RouteInput : uint8_t {

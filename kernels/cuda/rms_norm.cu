@@ -2,6 +2,7 @@
 
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/ops.h"
+#include "kernels/cuda/prefill_image.cuh"
 
 namespace mobi::cuda {
 namespace {
@@ -21,6 +22,7 @@ struct RmsNormParams {
   int64_t cols;
   float eps;
   bool vector;
+  PrefillImages images;
 };
 
 // One block per token, its row in registers between the sum and the scaling, kChunks times eight
@@ -67,19 +69,24 @@ __global__ void __launch_bounds__(kMaxThreads) RmsNormKernel(RmsNormParams p) {
     if constexpr (!kHoldsWeight) Load8(p.weight + col, valid, p.vector, weight);
 #pragma unroll
     for (int j = 0; j < 8; ++j) x[i][j] *= scale * weight[j];
-    Store8(out + col, valid, p.vector, x[i]);
+    if (IsInImage(p.images, blockIdx.x)) {
+      ImageRow(p.images, blockIdx.x).Leave(static_cast<int>(col / 8), PackElements<T>(x[i]));
+    } else {
+      Store8(out + col, valid, p.vector, x[i]);
+    }
   }
 }
 
 }  // namespace
 
 cudaError_t LaunchRmsNorm(const LaunchContext& context, Tensor residual, Tensor delta,
-                          Tensor weight, float eps, Tensor out) {
+                          Tensor weight, float eps, Tensor out, const PrefillImages& images) {
   const bool vector = Vectorizable(residual) && Vectorizable(weight) && Vectorizable(out) &&
                       (delta.data == nullptr || Vectorizable(delta));
   const RmsNormParams params{
       residual.data, residual.stride, delta.data, delta.stride, weight.Row<float>(0),
-      out.data,      out.stride,      out.cols,   eps,          vector};
+      out.data,      out.stride,      out.cols,   eps,          vector,
+      images};
   const uint32_t threads = std::min<uint32_t>(kMaxThreads, CeilDiv(out.cols, 8 * 32) * 32);
   const uint32_t chunks = CeilDiv(out.cols, int64_t{threads} * 8);
   return WithActivation(out.dtype, [&](auto element) {

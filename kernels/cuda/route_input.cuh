@@ -87,22 +87,6 @@ __device__ __forceinline__ void MultiplyTurn(const uint4 (&w)[kHiddenTiles][2],
   }
 }
 
-template <typename T>
-__device__ __forceinline__ uint4 PackElements(const float (&v)[8]) {
-  return make_uint4(Pack<T>(v[0], v[1]), Pack<T>(v[2], v[3]), Pack<T>(v[4], v[5]),
-                    Pack<T>(v[6], v[7]));
-}
-
-template <typename T>
-__device__ __forceinline__ void UnpackElements(const uint4& from, float (&v)[8]) {
-  const uint32_t words[4] = {from.x, from.y, from.z, from.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 pair = Unpack<T>(words[i]);
-    v[2 * i] = pair.x, v[2 * i + 1] = pair.y;
-  }
-}
-
 // Eight elements as halves for the mma; their squares are added.
 template <typename T>
 __device__ __forceinline__ uint4 AsHalves(const float (&v)[8], float* squares) {

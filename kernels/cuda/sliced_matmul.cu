@@ -85,4 +85,22 @@ cudaError_t LaunchSlicedMatmul(const SlicedMatmulLaunch& launch, const Tensor& x
                  : LaunchSlicedDecode(launch, problem, x.dtype);
 }
 
+bool TakesPrefillImages(const SlicedMatmulLaunch& launch, const Tensor& x,
+                        const SlicedWeight& weight, const Tensor& out) {
+  SlicedProblem problem;
+  return launch.compute_capability == 90 && x.rows > 0 &&
+         StateProblem(x, weight, nullptr, 0, out, &problem) && FitsPrefillImages(launch, problem);
+}
+
+cudaError_t LaunchSlicedMatmul(const SlicedMatmulLaunch& launch, const Tensor& x,
+                               const SlicedWeight& weight, int level, LeavePrefillImages leave,
+                               const Tensor& out) {
+  SlicedProblem problem;
+  if (!TakesPrefillImages(launch, x, weight, out) ||
+      !StateProblem(x, weight, nullptr, 0, out, &problem)) {
+    return cudaErrorInvalidValue;
+  }
+  return LaunchSlicedPrefill(launch, problem, x.dtype, level, leave);
+}
+
 }  // namespace mobi::cuda

@@ -10,6 +10,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "absl/functional/function_ref.h"
+#include "kernels/cuda/prefill_image.h"
 #include "kernels/sliced_weight.h"
 #include "kernels/tensor.h"
 
@@ -54,6 +56,15 @@ cudaError_t FindClusterLimits(int compute_capability, int num_sms, int (&cluster
 cudaError_t LaunchSlicedMatmul(const SlicedMatmulLaunch& launch, const Tensor& x,
                                const SlicedWeight& weight, const uint8_t* levels,
                                int64_t levels_stride, const Tensor& out);
+
+// kPrefill's kernel for tokens that all read `level`, and whose x is left in images in the
+// workspace by what `leave` enqueues; of x only the shape matters. The bits are the same.
+using LeavePrefillImages = absl::FunctionRef<cudaError_t(PrefillImages images)>;
+bool TakesPrefillImages(const SlicedMatmulLaunch& launch, const Tensor& x,
+                        const SlicedWeight& weight, const Tensor& out);
+cudaError_t LaunchSlicedMatmul(const SlicedMatmulLaunch& launch, const Tensor& x,
+                               const SlicedWeight& weight, int level, LeavePrefillImages leave,
+                               const Tensor& out);
 
 }  // namespace mobi::cuda
 

@@ -379,8 +379,12 @@ struct Consumer {
     return *reinterpret_cast<const uint32_t*>(&pair);
   }
 
+  __device__ __forceinline__ int64_t Token(const PrefillTile& tile, int column) const {
+    return plan.Token(tile.segment, p.num_tokens, tile.tokens.first + column);
+  }
+
   template <int n>
-  __device__ __forceinline__ void StoreWide(const PrefillTile& tile, const int32_t* tokens,
+  __device__ __forceinline__ void StoreWide(const PrefillTile& tile,
                                             const float (&d)[n / 2]) const {
 #pragma unroll
     for (int j = 0; j < n / 8; ++j) {
@@ -389,7 +393,7 @@ struct Consumer {
         const int column = 8 * j + lane % 4 * 2 + k % 2;
         const int row = tile.first_row + (warpgroup * 4 + warp) * 16 + lane / 4 + k / 2 * 8;
         if (column < tile.tokens.count && row < tile.end_row) {
-          static_cast<float*>(p.out)[__ldcg(tokens + column) * p.out_stride + row] = d[4 * j + k];
+          static_cast<float*>(p.out)[Token(tile, column) * p.out_stride + row] = d[4 * j + k];
         }
       }
     }
@@ -397,7 +401,7 @@ struct Consumer {
 
   // Through shared memory, transposed, so that a token's rows leave side by side.
   template <int n>
-  __device__ __forceinline__ void StoreNarrow(const PrefillTile& tile, const int32_t* tokens,
+  __device__ __forceinline__ void StoreNarrow(const PrefillTile& tile,
                                               const float (&d)[n / 2]) const {
     constexpr int kTokens = Shared::kOutTokens, kStride = Shared::kOutStride;
     uint8_t* const staged = shared + Shared::kOut + warpgroup * (kTokens * kStride);
@@ -420,7 +424,7 @@ struct Consumer {
         const int row = tile.first_row + warpgroup * 64 + chunk * 8;
         if (first + token >= tile.tokens.count || row >= tile.end_row) continue;
         StoreChunk(*reinterpret_cast<const uint4*>(staged + token * kStride + chunk * 16), vectors,
-                   __ldcg(tokens + first + token) * p.out_stride + row);
+                   Token(tile, first + token) * p.out_stride + row);
       }
     }
   }
@@ -447,12 +451,10 @@ struct Consumer {
     } else {
       MultiplyAhead<level, n>(d);
     }
-    const int32_t* const tokens =
-        plan.order + plan.OrderOf(tile.segment) * p.num_tokens + tile.tokens.first;
     if (p.out_type == DType::kF32) {
-      StoreWide<n>(tile, tokens, d);
+      StoreWide<n>(tile, d);
     } else {
-      StoreNarrow<n>(tile, tokens, d);
+      StoreNarrow<n>(tile, d);
     }
   }
 
@@ -509,7 +511,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
   ptx::WaitForPrevious();
   int32_t* const starts = reinterpret_cast<int32_t*>(shared + Shared::kStarts);
   if (threadIdx.x < plan.orders * kStartsOfSegment) {
-    starts[threadIdx.x] = __ldcg(plan.start + threadIdx.x);
+    starts[threadIdx.x] = plan.Start(threadIdx.x, p.num_tokens);
   }
   __syncthreads();
   const PrefillTiles<BN> tiles(p, plan, starts);

@@ -1,21 +1,19 @@
 // Before the prefill path's product: tokens sorted by the level they read, and x brought into the
 // shape in which the product's blocks take it into shared memory.
 //
-// A tile is up to BN tokens of one segment that read one level. Its image: [step of 64 columns]
-// [token] of 128 bytes, columns in the order of the weights' fragments (sliced_matmul_unpack.cuh),
-// swizzled for wgmma; so a step is one bulk copy.
+// A tile is up to BN tokens of one segment that read one level, in one image (prefill_image.cuh).
 #ifndef MOBI_KERNELS_CUDA_SLICED_MATMUL_PREFILL_ORDER_CUH_
 #define MOBI_KERNELS_CUDA_SLICED_MATMUL_PREFILL_ORDER_CUH_
 
 #include <cstdint>
 
+#include "kernels/cuda/prefill_image.cuh"
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/sliced_matmul_problem.h"
 #include "kernels/cuda/transpose.cuh"
 
 namespace mobi::cuda {
 
-inline constexpr int kStepColumns = 64;               // a row of 128 bytes
 inline constexpr int kImageSegment = kNumLevels + 1;  // after the starts
 inline constexpr int kStartsOfSegment = kImageSegment + 1;
 
@@ -24,14 +22,23 @@ struct PrefillPlan {
   // start[segment * kStartsOfSegment + l - 1] to the next. At kImageSegment: the segment whose
   // images serve this one, which reads the same levels. Of `orders` segments: with one, it is all
   // segments'.
+  // Where all tokens read `level`, both are null: the images are in the order of tokens.
   int32_t* order = nullptr;
   int32_t* start = nullptr;
   uint8_t* images = nullptr;  // [segment][tile], room for token_tiles each
   int orders = 1;
+  int level = 0;
   int token_tiles = 0;                    // at most, of a segment
   int segment_blocks[kMaxSegments] = {};  // row blocks up to the end of each segment
 
   __device__ __forceinline__ int OrderOf(int segment) const { return min(segment, orders - 1); }
+  __device__ __forceinline__ int32_t Start(int index, int num_tokens) const {
+    if (start != nullptr) return __ldcg(start + index);
+    return index >= level && index < kImageSegment ? num_tokens : 0;
+  }
+  __device__ __forceinline__ int64_t Token(int segment, int num_tokens, int place) const {
+    return order == nullptr ? place : __ldcg(order + OrderOf(segment) * num_tokens + place);
+  }
 };
 
 // A tile's tokens: a run of its segment's order.
@@ -201,7 +208,7 @@ template <int BN>
 __global__ void __launch_bounds__(kPackThreads)
     SlicedPackKernel(const __grid_constant__ SlicedProblem p,
                      const __grid_constant__ PrefillPlan plan) {
-  constexpr int kParts = BN / kPackTokens;
+  constexpr int kParts = BN / kPackTokens, kGroupBytes = 2 * BN * kImageRowBytes;
   __shared__ PackShared s;
   ptx::LaunchDependents();
   ptx::WaitForPrevious();
@@ -230,10 +237,11 @@ __global__ void __launch_bounds__(kPackThreads)
   if (rows == 0 || image_segment != segment) return;
   // Rows without a token are written by nobody: their products are stored by nobody.
   const bool mine = row < rows;
-  const int lane = threadIdx.x % 16, word = lane % 4, t = lane / 4;
+  const ImageChunk chunk(threadIdx.x % 16);
   const int begin = blockIdx.y * kPackGroups;
   const uint4* const from =
-      reinterpret_cast<const uint4*>(p.x + s.tokens[mine ? row : 0] * p.x_stride) + lane;
+      reinterpret_cast<const uint4*>(p.x + s.tokens[mine ? row : 0] * p.x_stride) +
+      threadIdx.x % 16;
   uint4 v[kPackGroups];
 #pragma unroll
   for (int i = 0; i < kPackGroups; ++i) {
@@ -241,13 +249,13 @@ __global__ void __launch_bounds__(kPackThreads)
     if (mine && begin + i < p.groups) v[i] = __ldcg(from + (begin + i) * 16);
   }
   const int of_tile = first_row + row;
-  uint8_t* to = plan.images + (int64_t{place} * 2 * p.groups + word / 2) * (BN * 128) +
-                of_tile * 128 + ((word % 2 * 4 + t) ^ (of_tile % 8)) * 16;
+  uint8_t* const to =
+      plan.images + int64_t{place} * p.groups * kGroupBytes + chunk.Offset(BN, of_tile);
 #pragma unroll
   for (int i = 0; i < kPackGroups; ++i) {
-    TransposeWords<4>(v[i], t);
+    TransposeWords<4>(v[i], chunk.t);
     if (mine && begin + i < p.groups) {
-      *reinterpret_cast<uint4*>(to + int64_t{begin + i} * 2 * (BN * 128)) = v[i];
+      *reinterpret_cast<uint4*>(to + int64_t{begin + i} * kGroupBytes) = v[i];
     }
   }
 }

@@ -64,6 +64,11 @@ cudaError_t LaunchSlicedBatch90(const SlicedMatmulLaunch& launch, const SlicedPr
 bool CanBeOneRoundOfBatch90(const SlicedMatmulLaunch& launch, const SlicedProblem& problem);
 cudaError_t LaunchSlicedPrefill(const SlicedMatmulLaunch& launch, const SlicedProblem& problem,
                                 DType x_type);
+// The same where all tokens read `level` and something else leaves their x in the images, in the
+// order of tokens; x itself is not read. Only where the images fit.
+bool FitsPrefillImages(const SlicedMatmulLaunch& launch, const SlicedProblem& problem);
+cudaError_t LaunchSlicedPrefill(const SlicedMatmulLaunch& launch, const SlicedProblem& problem,
+                                DType x_type, int level, LeavePrefillImages leave);
 
 }  // namespace mobi::cuda
 

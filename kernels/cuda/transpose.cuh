@@ -8,11 +8,11 @@
 
 namespace mobi::cuda {
 
-// words[i] of lane t of four, kApart lanes apart -> words[t] of lane i. By a whole warp.
+// words[i] of lane t of four, kApart lanes apart -> words[t] of lane i. By the lanes of `mask`.
 template <int kApart>
-__device__ __forceinline__ void TransposeWords(uint4& v, int t) {
-  const auto exchange = [t](uint32_t& low, uint32_t& high, int bit) {
-    const uint32_t got = __shfl_xor_sync(~0u, t & bit ? low : high, kApart * bit);
+__device__ __forceinline__ void TransposeWords(uint4& v, int t, uint32_t mask = ~0u) {
+  const auto exchange = [=](uint32_t& low, uint32_t& high, int bit) {
+    const uint32_t got = __shfl_xor_sync(mask, t & bit ? low : high, kApart * bit);
     (t & bit ? low : high) = got;
   };
   exchange(v.x, v.y, 1);

@@ -140,6 +140,44 @@ TEST_P(BackendAttention, PrefillEqualsReference) {
   }
 }
 
+// Attention and the matmul of its output in a step whose prompts are known to read one level, and
+// where it is not known: the same bits.
+TEST_P(BackendAttention, ThenMatmulOfLongPromptsAtOneLevel) {
+  std::vector<AttentionShape> shapes(std::begin(kShapes), std::end(kShapes));
+  shapes.push_back({.num_heads = 8, .num_kv_heads = 2, .head_dim = 32, .block_size = 16});
+  for (const AttentionShape& shape : shapes) {
+    const int64_t cols = int64_t{shape.num_heads} * shape.head_dim;
+    if (cols % kGroupSize != 0) continue;
+    const std::vector<std::vector<Sequence>> steps = {{{Uniform(2, 300), 300}},
+                                                      {{7, 7}, {1, 77}, {129, 300}}};
+    for (const std::vector<Sequence>& sequences : steps) {
+      const Step step = RandomStep(shape, sequences);
+      const auto tokens = static_cast<int>(step.q.rows);
+      const SlicedWeight weight = OnDevice(RandomWeight({96}, cols));
+      const int level = Uniform(1, kNumLevels);
+      const uint8_t* levels = OnDevice(std::vector<uint8_t>(tokens, static_cast<uint8_t>(level)));
+      const Tensor q = OnDevice(step.q);
+      const KvLayer kv{OnDevice(step.k), OnDevice(step.v)};
+      const AttentionBatch batch = step.Batch(
+          OnDevice(step.query_start), OnDevice(step.context_len), OnDevice(step.block_table));
+      std::vector<Matrix> results;
+      for (const int known : {0, level}) {
+        const Tensor x = OnDevice(Matrix::Poisoned(activations(), tokens, cols));
+        const Tensor out = OnDevice(Matrix::Poisoned(activations(), tokens, weight.rows));
+        const StepKey key{.num_tokens = tokens,
+                          .num_seqs = static_cast<int>(sequences.size()),
+                          .long_level = known};
+        backend().RunStep(key, [&] {
+          backend().Attention(q, kv, batch, shape, x);
+          backend().SlicedMatmul(x, weight, levels, 0, out);
+        });
+        results.push_back(ToHost(out));
+      }
+      ExpectSame(results[1], results[0], Describe(shape));
+    }
+  }
+}
+
 TEST_P(BackendAttention, LargeScoresDoNotOverflow) {
   Step step = RandomStep(kShapes[0], {{5, 90}});
   for (int64_t r = 0; r < step.q.rows; ++r) {

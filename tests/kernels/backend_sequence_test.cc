@@ -343,6 +343,50 @@ TEST_P(BackendSequence, RouteThenMatmulThenAddRmsNorm) {
   }
 }
 
+// What makes x and a matmul in a step whose long prompts are known to read one level, and where it
+// is not known: the same bits.
+TEST_P(BackendSequence, InputThenMatmulOfLongPromptsAtOneLevel) {
+  enum Input { kNorm, kAddNorm, kSwiGlu };
+  for (const Input input : {kNorm, kAddNorm, kSwiGlu}) {
+    for (const int num_short : {0, 1, 20}) {
+      const int tokens = num_short + Uniform(1, 300);
+      const int64_t cols = int64_t{kGroupSize} * Uniform(1, 40);
+      const SlicedWeight weight = OnDevice(RandomWeight({48, 160}, cols));
+      std::vector<uint8_t> levels;
+      const auto level = static_cast<uint8_t>(Uniform(1, kNumLevels));
+      for (int i = 0; i < tokens; ++i) {
+        levels.push_back(i < num_short ? static_cast<uint8_t>(Uniform(1, kNumLevels)) : level);
+      }
+      const uint8_t* levels_device = OnDevice(levels);
+      const Matrix source = Normal(activations(), tokens, input == kSwiGlu ? 2 * cols : cols);
+      const Tensor delta = OnDevice(Normal(activations(), tokens, cols));
+      const Tensor norm = OnDevice(Normal(DType::kF32, 1, cols));
+      std::vector<Matrix> results[2];
+      for (const bool known : {false, true}) {
+        const Tensor from = OnDevice(source);
+        const Tensor x = OnDevice(Matrix::Poisoned(activations(), tokens, cols));
+        const Tensor out = OnDevice(Matrix::Poisoned(activations(), tokens, weight.rows));
+        const StepKey key{.num_tokens = tokens,
+                          .num_seqs = num_short + 1,
+                          .num_short = num_short,
+                          .long_level = known ? level : 0};
+        backend().RunStep(key, [&] {
+          if (input == kSwiGlu) backend().SwiGlu(from, x);
+          if (input == kNorm) backend().RmsNorm(from, norm, 1e-5f, x);
+          if (input == kAddNorm) backend().AddRmsNorm(delta, norm, 1e-5f, from, x);
+          backend().SlicedMatmul(x, weight, levels_device, 0, out);
+        });
+        results[known] = {ToHost(out), ToHost(from), ToHost(x.FirstRows(num_short))};
+      }
+      const std::string what = std::to_string(num_short) + " short of " + std::to_string(tokens) +
+                               " tokens of " + std::to_string(cols) + " columns";
+      ExpectSame(results[1][0], results[0][0], what);
+      ExpectSame(results[1][1], results[0][1], "what x is made of");
+      ExpectSame(results[1][2], results[0][2], "x of short prompts");
+    }
+  }
+}
+
 // One token per sequence: rotation, cache and attention, with a wait between the ops and without.
 TEST_P(BackendSequence, RopeThenDecodeAttention) {
   for (const AttentionShape& shape :
