@@ -75,9 +75,9 @@ class GateLoss {
 
 RouterWeights TrainGates(const RoutingSamples& samples, const std::vector<SegmentCost>& costs,
                          const RouterTrainingOptions& options, const GateOptions& gates) {
-  const RouterInputs inputs(samples.inputs);
-  const auto errors = RelativeErrors(samples.errors);
   std::mt19937_64 random(options.seed);
+  const RouterInputs inputs(samples.inputs, random);
+  const auto errors = RelativeErrors(samples.errors);
   RouterNetwork network(inputs.cols(), options.num_hidden, kNumGates, random);
   network.Train(inputs, options, random, GateLoss(errors, gates));
   RouterWeights router;

@@ -26,8 +26,8 @@ void RaiseMax(const float* logits, int64_t count, double& max, double& sum, doub
 
 }  // namespace
 
-void LogitDivergence::Add(ConstMatrixView float_logits, ConstMatrixView logits) {
-  for (int64_t t = 0; t < logits.rows; ++t) {
+void LogitDivergence::Add(ConstMatrixView float_logits, ConstMatrixView logits, int num_threads) {
+  ParallelFor(num_threads, logits.rows, [&](int64_t t) {
     Sums& s = sums_[t];
     const float* p = float_logits.Row(t);
     const float* q = logits.Row(t);
@@ -39,7 +39,7 @@ void LogitDivergence::Add(ConstMatrixView float_logits, ConstMatrixView logits) 
       s.difference += weight * (double{p[i]} - q[i]);
       s.sum += std::exp(q[i] - s.max);
     }
-  }
+  });
 }
 
 double LogitDivergence::Mean() const {
@@ -65,7 +65,7 @@ absl::StatusOr<Matrix> QuantizedHidden(const FloatModel& model,
     std::vector<MixedLinear> mixed;
     mixed.reserve(kNumLinearGroups);
     for (int g = 0; g < kNumLinearGroups; ++g) {
-      mixed.emplace_back(blocks[layer].linear[g], segments[g]);
+      mixed.emplace_back(blocks[layer].linear[g], segments[g], options.num_threads);
     }
     ParallelFor(options.num_threads, tokens / seq_len, [&](int64_t sequence) {
       const auto linear = [&](LinearGroup group, ConstMatrixView x, MatrixView out) {
@@ -119,8 +119,9 @@ Matrix LmHeadFit::FloatRows(int piece) const {
 absl::StatusOr<NestedWeight> LmHeadFit::Fit(int piece) const {
   FittingProblem problem;
   problem.weight = FloatRows(piece);
-  MOBI_ASSIGN_OR_RETURN(problem.streams.emplace_back(),
-                        statistics_.Problem(problem.weight, options_.damping));
+  MOBI_ASSIGN_OR_RETURN(
+      problem.streams.emplace_back(),
+      statistics_.Problem(problem.weight, options_.damping, options_.num_threads));
   for (int64_t j = 0; j < problem.cols(); ++j) {
     problem.importance.push_back(problem.streams[0].hessian(j, j));
   }
@@ -138,8 +139,8 @@ void LmHeadFit::Take(int piece, const NestedWeight& weight) {
   Matrix float_logits(samples_.rows(), rows), logits(samples_.rows(), rows);
   MultiplyTransposed(samples_, ConstMatrixView(head_).Rows(begin, rows), float_logits);
   for (int level = 1; level <= kNumLevels; ++level) {
-    MultiplyTransposed(samples_, Dequantize(weight, level), logits);
-    divergence_[level - 1].Add(float_logits, logits);
+    MultiplyTransposed(samples_, Dequantize(weight, level, options_.num_threads), logits);
+    divergence_[level - 1].Add(float_logits, logits, options_.num_threads);
   }
 }
 

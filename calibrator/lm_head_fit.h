@@ -32,7 +32,7 @@ class LogitDivergence {
   explicit LogitDivergence(int64_t tokens) : sums_(static_cast<size_t>(tokens)) {}
 
   // The next columns, [tokens, any] in both.
-  void Add(ConstMatrixView float_logits, ConstMatrixView logits);
+  void Add(ConstMatrixView float_logits, ConstMatrixView logits, int num_threads);
   // Over the tokens, in nats.
   double Mean() const;
 

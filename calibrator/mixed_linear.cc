@@ -39,10 +39,12 @@ std::vector<uint8_t> DrawLevels(const std::array<uint64_t, 3>& key,
   return levels;
 }
 
-MixedLinear::MixedLinear(const NestedWeight& weight, std::vector<int64_t> segment_rows)
+MixedLinear::MixedLinear(const NestedWeight& weight, std::vector<int64_t> segment_rows,
+                         int num_threads)
     : segment_rows_(std::move(segment_rows)) {
-  for (int level = 1; level <= kNumLevels; ++level)
-    levels_[level - 1] = KeptMatrix(Dequantize(weight, level));
+  for (int level = 1; level <= kNumLevels; ++level) {
+    levels_[level - 1] = KeptMatrix(Dequantize(weight, level, num_threads));
+  }
 }
 
 int64_t MixedLinear::SegmentBegin(int segment) const {

@@ -17,7 +17,7 @@ namespace mobi {
 class MixedLinear {
  public:
   // `segment_rows`: out-features of the linears stacked in `weight`.
-  MixedLinear(const NestedWeight& weight, std::vector<int64_t> segment_rows);
+  MixedLinear(const NestedWeight& weight, std::vector<int64_t> segment_rows, int num_threads = 1);
 
   int num_segments() const { return static_cast<int>(segment_rows_.size()); }
   int64_t rows() const { return levels_[0].get().rows(); }

@@ -76,7 +76,7 @@ absl::Status MeasureBits(const FloatModel& model, const std::vector<FittedBlock>
     std::vector<MixedLinear> mixed;
     std::vector<std::vector<SegmentCost>> costs;
     for (int g = 0; g < kNumLinearGroups; ++g) {
-      mixed.emplace_back(blocks[layer].linear[g], segments[g]);
+      mixed.emplace_back(blocks[layer].linear[g], segments[g], num_threads);
       costs.push_back(CostsOf(groups[g]));
       for (const SegmentCost& cost : costs[g]) weights += static_cast<double>(cost.weights);
     }

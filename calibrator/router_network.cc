@@ -3,12 +3,24 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <utility>
 
-#include "calibrator/linear_algebra.h"
 #include "calibrator/vector_math.h"
 #include "kernels/numeric.h"
 
 namespace mobi {
+namespace {
+
+// Adam moves a weight by about the rate, however small its gradient: the sum over more inputs than
+// this would go too far at a time, to where a unit's slope is zero and it learns no more.
+constexpr float kFullRateInputs = 2048;
+
+void Shuffle(std::vector<int64_t>& values, std::mt19937_64& random) {
+  for (size_t i = values.size() - 1; i > 0; --i) std::swap(values[i], values[random() % (i + 1)]);
+}
+
+}  // namespace
+
 float Normal(std::mt19937_64& random) {
   const double u = (static_cast<double>(random() >> 11) + 0.5) * 0x1.0p-53;
   const double v = static_cast<double>(random() >> 11) * 0x1.0p-53;
@@ -22,13 +34,17 @@ float LogRms(const float* x, int64_t cols) {
   return static_cast<float>(0.5 * std::log(std::max(mean, 1e-30)));
 }
 
-RouterInputs::RouterInputs(const Matrix& inputs) {
+RouterInputs::RouterInputs(const Matrix& inputs, std::mt19937_64& random)
+    : order_(static_cast<size_t>(inputs.rows())) {
   const int64_t tokens = inputs.rows(), cols = inputs.cols();
+  std::iota(order_.begin(), order_.end(), 0);
+  Shuffle(order_, random);
   std::vector<double> squares(static_cast<size_t>(cols));
-  std::vector<double> log_rms;
+  std::vector<float> log_rms;
   for (int64_t t = 0; t < tokens; ++t) {
-    for (int64_t j = 0; j < cols; ++j) squares[j] += std::pow(inputs(t, j), 2);
-    log_rms.push_back(LogRms(inputs.Row(t), cols));
+    const float* row = inputs.Row(t);
+    for (int64_t j = 0; j < cols; ++j) squares[j] += double{row[j]} * row[j];
+    log_rms.push_back(LogRms(row, cols));
   }
   // A channel that hardly fires must not get a weight that fp16 cannot hold.
   const double n = static_cast<double>(tokens);
@@ -42,11 +58,14 @@ RouterInputs::RouterInputs(const Matrix& inputs) {
   log_rms_mean_ = static_cast<float>(sum / n);
   log_rms_size_ =
       static_cast<float>(std::sqrt(std::max(sum_squares / n - (sum / n) * (sum / n), 1e-6)));
-  values_ = Matrix(tokens, cols + 1);
-  for (int64_t t = 0; t < tokens; ++t) {
-    for (int64_t j = 0; j < cols; ++j) values_(t, j) = inputs(t, j) / channel_size_[j];
-    values_(t, cols) = (static_cast<float>(log_rms[t]) - log_rms_mean_) / log_rms_size_;
+  Matrix values = Matrix::Unfilled(tokens, cols + 1);
+  for (int64_t i = 0; i < tokens; ++i) {
+    const float* from = inputs.Row(order_[i]);
+    float* to = values.Row(i);
+    for (int64_t j = 0; j < cols; ++j) to[j] = from[j] / channel_size_[j];
+    to[cols] = (log_rms[order_[i]] - log_rms_mean_) / log_rms_size_;
   }
+  values_ = KeptMatrix(std::move(values));
 }
 
 void RouterInputs::Unstandardise(const Matrix& w1, const Matrix& b1, RouterWeights& router) const {
@@ -90,24 +109,17 @@ RouterNetwork::RouterNetwork(int64_t inputs, int64_t hidden, int64_t outputs,
 
 void RouterNetwork::Train(const RouterInputs& inputs, const RouterTrainingOptions& options,
                           std::mt19937_64& random, LossFn loss) {
-  const int64_t tokens = inputs.tokens();
-  const int64_t batch = std::min<int64_t>(options.batch, tokens);
-  std::vector<int64_t> order(static_cast<size_t>(tokens));
-  std::iota(order.begin(), order.end(), 0);
-  const int64_t batches = tokens / batch;
-  const int steps = static_cast<int>(batches * options.epochs);
-  Matrix x(batch, inputs.cols());
+  const int64_t batch = std::min<int64_t>(options.batch, inputs.tokens());
+  std::vector<int64_t> batches(static_cast<size_t>(inputs.tokens() / batch));
+  std::iota(batches.begin(), batches.end(), 0);
+  const int steps = static_cast<int>(std::ssize(batches) * options.epochs);
   for (int step = 0; step < steps; ++step) {
-    const int64_t at = step % batches * batch;
-    if (at == 0) {
-      for (size_t i = order.size() - 1; i > 0; --i) std::swap(order[i], order[random() % (i + 1)]);
-    }
-    for (int64_t t = 0; t < batch; ++t) {
-      std::copy_n(inputs.Row(order[at + t]), x.cols(), x.Row(t));
-    }
+    const size_t of_epoch = static_cast<size_t>(step) % batches.size();
+    if (of_epoch == 0) Shuffle(batches, random);
+    const int64_t first = batches[of_epoch] * batch;
     const float progress = static_cast<float>(step) / static_cast<float>(steps);
     const float rate = options.learning_rate * 0.5f * (1 + std::cos(3.14159265f * progress));
-    Step(order.data() + at, x, progress, rate, step + 1, loss);
+    Step(inputs.Order() + first, inputs.Rows(first, batch), progress, rate, step + 1, loss);
   }
 }
 
@@ -136,7 +148,8 @@ void RouterNetwork::Step(const int64_t* tokens, ConstMatrixView x, double progre
     }
   }
   TransposedMultiply(d_act, x, w1.gradient);
-  for (Parameter* p : {&w1, &b1, &w2, &b2}) p->Step(rate, step);
+  w1.Step(rate * std::min(1.0f, kFullRateInputs / static_cast<float>(x.cols)), step);
+  for (Parameter* p : {&b1, &w2, &b2}) p->Step(rate, step);
 }
 
 }  // namespace mobi

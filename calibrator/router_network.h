@@ -1,5 +1,5 @@
 // What routers and gates have in common while they are trained: standardised inputs, a two-layer
-// network with Adam, batches in a seeded order, and the way back to raw inputs. Sits below
+// network with Adam, batches in a drawn order, and the way back to raw inputs. Sits below
 // router_training.h and gate_training.h; deterministic for a seed, nothing here is shared between
 // threads.
 #ifndef MOBI_CALIBRATOR_ROUTER_NETWORK_H_
@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "absl/functional/function_ref.h"
+#include "calibrator/linear_algebra.h"
 #include "calibrator/matrix.h"
 
 namespace mobi {
@@ -39,20 +40,26 @@ float Normal(std::mt19937_64& random);
 // Log of the root mean square.
 float LogRms(const float* x, int64_t cols);
 
-// A router's inputs, channels brought to unit size; one more column carries the log of the rms,
+// A router's inputs in a drawn order of tokens, so that a batch is whole rows, which products find
+// on the device. Channels are brought to unit size; one more column carries the log of the rms,
 // brought to zero mean and unit size.
 class RouterInputs {
  public:
-  explicit RouterInputs(const Matrix& inputs);
+  RouterInputs(const Matrix& inputs, std::mt19937_64& random);
 
-  int64_t tokens() const { return values_.rows(); }
-  int64_t cols() const { return values_.cols(); }
-  const float* Row(int64_t t) const { return values_.Row(t); }
+  int64_t tokens() const { return values_.get().rows(); }
+  int64_t cols() const { return values_.get().cols(); }
+  ConstMatrixView Rows(int64_t begin, int64_t count) const {
+    return ConstMatrixView(values_.get()).Rows(begin, count);
+  }
+  // Which tokens these rows are.
+  const int64_t* Order() const { return order_.data(); }
   // Fills w1, b1 and u of a router that sees raw inputs from a first layer that saw these.
   void Unstandardise(const Matrix& w1, const Matrix& b1, RouterWeights& router) const;
 
  private:
-  Matrix values_;                    // [tokens, cols]
+  std::vector<int64_t> order_;       // [tokens]
+  KeptMatrix values_;                // [tokens, cols]
   std::vector<float> channel_size_;  // [cols - 1]
   float log_rms_mean_ = 0, log_rms_size_ = 1;
 };
@@ -77,7 +84,8 @@ class RouterNetwork {
 
   // Replaces `out` by the gradient of a batch's loss there, given the batch's place in the run.
   using LossFn = absl::FunctionRef<void(const int64_t* tokens, double progress, Matrix& out)>;
-  // Adam over shuffled batches for the options' epochs, the rate falling along a cosine.
+  // Adam over the batches in a drawn order, anew in each of the options' epochs, the rate falling
+  // along a cosine. Tokens that do not fill a batch are left out.
   void Train(const RouterInputs& inputs, const RouterTrainingOptions& options,
              std::mt19937_64& random, LossFn loss);
 

@@ -55,10 +55,10 @@ void MatchMeans(const RoutingSamples& samples, RouterWeights& router) {
 }  // namespace
 
 RouterWeights TrainRouter(const RoutingSamples& samples, const RouterTrainingOptions& options) {
-  const RouterInputs inputs(samples.inputs);
+  std::mt19937_64 random(options.seed);
+  const RouterInputs inputs(samples.inputs, random);
   const LogErrors targets(samples.errors);
   const int64_t outputs = targets.values.cols();
-  std::mt19937_64 random(options.seed);
   RouterNetwork network(inputs.cols(), options.num_hidden, outputs, random);
   network.Train(inputs, options, random, [&](const int64_t* tokens, double, Matrix& out) {
     const float scale = 2.0f / static_cast<float>(out.size());

@@ -26,15 +26,21 @@ struct LayerLinears {
 };
 
 absl::StatusOr<std::unique_ptr<LayerLinears>> LoadLayer(const FloatModel& model, int layer,
-                                                        const FittedBlock& fitted, bool with_gap) {
+                                                        const FittedBlock& fitted, int num_threads,
+                                                        bool with_gap) {
   auto linears = std::make_unique<LayerLinears>();
   MOBI_ASSIGN_OR_RETURN(linears->weights, model.LoadBlock(layer));
   const auto segments = SegmentRows(model.config());
   for (int g = 0; g < kNumLinearGroups; ++g) {
-    linears->mixed.emplace_back(fitted.linear[g], segments[g]);
+    const MixedLinear& mixed =
+        linears->mixed.emplace_back(fitted.linear[g], segments[g], num_threads);
+    const Matrix& weight = linears->weights.linear[g];
     for (int k = 0; with_gap && k < kNumLevels; ++k) {
-      Matrix gap = linears->mixed[g].level(k + 1);
-      AddScaled(gap.data(), linears->weights.linear[g].data(), -1, gap.size());
+      Matrix gap = Matrix::Unfilled(weight.rows(), weight.cols());
+      ParallelFor(num_threads, weight.rows(), [&](int64_t row) {
+        std::copy_n(mixed.level(k + 1).Row(row), gap.cols(), gap.Row(row));
+        AddScaled(gap.Row(row), weight.Row(row), -1, gap.cols());
+      });
       linears->gap[g][k] = KeptMatrix(std::move(gap));
     }
   }
@@ -159,7 +165,8 @@ absl::Status RoutingSampler::Run(LayerSamplesFn on_layer) {
   model_.Embed(ids_.subspan(0, static_cast<size_t>(tokens)), hidden);
   for (int layer = 0; layer < model_.num_layers(); ++layer) {
     inputs_.push_back(hidden);
-    MOBI_ASSIGN_OR_RETURN(const auto linears, LoadLayer(model_, layer, blocks_[layer], false));
+    MOBI_ASSIGN_OR_RETURN(const auto linears,
+                          LoadLayer(model_, layer, blocks_[layer], options_.num_threads, false));
     ParallelFor(options_.num_threads, num_sequences_, [&](int64_t sequence) {
       BlockTrace trace;
       Forward(layer, *linears, sequence, SequenceOf(hidden, sequence), trace);
@@ -168,7 +175,8 @@ absl::Status RoutingSampler::Run(LayerSamplesFn on_layer) {
   ParallelFor(options_.num_threads, num_sequences_,
               [&](int64_t sequence) { SeedGradient(SequenceOf(hidden, sequence), sequence); });
   for (int layer = model_.num_layers() - 1; layer >= 0; --layer) {
-    MOBI_ASSIGN_OR_RETURN(const auto linears, LoadLayer(model_, layer, blocks_[layer], true));
+    MOBI_ASSIGN_OR_RETURN(const auto linears,
+                          LoadLayer(model_, layer, blocks_[layer], options_.num_threads, true));
     std::array<RoutingSamples, kNumLinearGroups> samples;
     std::array<Matrix, kNumLinearGroups> losses;
     for (int g = 0; g < kNumLinearGroups; ++g) {

@@ -159,7 +159,7 @@ absl::Status ScaleTuner::LoadBlocks() {
     auto& mixed = mixed_.emplace_back();
     auto& trainers = trainers_.emplace_back();
     for (int g = 0; g < kNumLinearGroups; ++g) {
-      mixed.emplace_back(blocks_[layer].linear[g], segments_[g]);
+      mixed.emplace_back(blocks_[layer].linear[g], segments_[g], options_.num_threads);
       for (int level = 1; level <= kNumLevels; ++level) {
         if (trained(level)) trainers[g].emplace_back(blocks_[layer].linear[g], level);
       }

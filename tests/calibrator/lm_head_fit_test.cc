@@ -45,7 +45,7 @@ TEST(LogitDivergenceTest, PiecesOfAnyWidthGiveTheDefinition) {
   int64_t begin = 0;
   for (const int64_t width : {1, 100, 150, 50}) {
     divergence.Add(ConstMatrixView(p).Columns(begin, width),
-                   ConstMatrixView(q).Columns(begin, width));
+                   ConstMatrixView(q).Columns(begin, width), 2);
     begin += width;
   }
   const double expected = MeanKl(p, q);
@@ -57,7 +57,7 @@ TEST(LogitDivergenceTest, EqualLogitsAndEqualShiftsLoseNothing) {
   Matrix p = RandomMatrix(3, 64, 1), q = p;
   for (int64_t i = 0; i < q.size(); ++i) q.data()[i] += 2;
   LogitDivergence divergence(3);
-  divergence.Add(p, q);
+  divergence.Add(p, q, 1);
   EXPECT_NEAR(divergence.Mean(), 0, 1e-6);
   EXPECT_GE(divergence.Mean(), 0);
 }

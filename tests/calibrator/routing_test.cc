@@ -11,6 +11,7 @@
 #include "calibrator/mixed_linear.h"
 #include "calibrator/price_table.h"
 #include "calibrator/router_training.h"
+#include "calibrator/vector_math.h"
 #include "kernels/backend.h"
 #include "kernels/numeric.h"
 #include "tests/calibrator/random_matrix.h"
@@ -65,6 +66,31 @@ TEST(RouterTrainingTest, PredictsTheErrorOfInputsItHasNotSeen) {
     }
     EXPECT_NEAR(predicted / measured, 1, 0.3) << "output " << o;
   }
+}
+
+// As wide as down's inputs in Llama-3-8B, tokens of many sizes: what is left of an input is mostly
+// in a few directions that inputs have in common.
+TEST(RouterTrainingTest, LearnsFromManyInputs) {
+  constexpr int64_t kInputs = 14336, kTokens = 3200, kSeen = 2560, kGaps = 24, kCommon = 8;
+  const Matrix gap = RandomMatrix(kGaps, kInputs, 1);
+  const Matrix along = RandomMatrix(kTokens, kCommon, 2, 0.7f);
+  const Matrix size = RandomMatrix(kTokens, 1, 3, 0.3f);
+  Matrix inputs = RandomMatrix(kTokens, kInputs, 4);
+  Multiply(along, ConstMatrixView(gap).Rows(0, kCommon), inputs, 1, 1);
+  for (int64_t t = 0; t < kTokens; ++t) Scale(inputs.Row(t), std::exp(size(t, 0)), kInputs);
+  Matrix error(kTokens, kGaps);
+  MultiplyTransposed(inputs, gap, error);
+  const auto samples = [&](int64_t first, int64_t count) {
+    RoutingSamples some{Matrix(count, kInputs), Matrix(count, 1), {1.0}};
+    std::copy_n(inputs.Row(first), some.inputs.size(), some.inputs.data());
+    for (int64_t t = 0; t < count; ++t) {
+      some.errors(t, 0) = DotProduct(error.Row(first + t), error.Row(first + t), kGaps);
+    }
+    return some;
+  };
+  const RouterWeights router = TrainRouter(samples(0, kSeen), {.num_hidden = 32});
+  const RoutingSamples others = samples(kSeen, kTokens - kSeen);
+  EXPECT_GT(Correlation(RouterScores(router, others.inputs), others, 0), 0.6);
 }
 
 TEST(RouterTrainingTest, SameSeedSameRouterAndHalfExactWeights) {
