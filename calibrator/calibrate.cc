@@ -35,7 +35,7 @@ constexpr int64_t kForecastPositions = 64;
 // Time of the later phases beside one block's fit, for the estimate of what is left: per block, and
 // per block and sequence of a tuning step; for lm_head, beside a block of as many weights: it has
 // one stream, of fewer tokens.
-constexpr double kSampleUnits = 0.2, kPriceUnits = 0.1, kTuningUnits = 0.003, kLmHeadUnits = 0.25;
+constexpr double kSampleUnits = 0.3, kPriceUnits = 0.1, kTuningUnits = 0.003, kLmHeadUnits = 0.4;
 
 // Stages of the journal.
 constexpr std::string_view kFitted = "fitted", kTuned = "tuned", kHeadPiece = "lm_head";

@@ -22,8 +22,8 @@ namespace mobi::cuda {
 // therefore chooses by something that a request alone decides (StepKey::num_short), never by the
 // size of the batch.
 enum class SlicedMatmulPath : uint8_t {
-  kDecode,   // any number of tokens; made for 1 to about 128, where reading weights is the cost
-  kPrefill,  // any number of tokens; made for 256 and more. kDecode except on 9.0
+  kDecode,   // any number of tokens; made for 1 to 64, where reading weights is the cost
+  kPrefill,  // any number of tokens; made for more. kDecode except on 9.0
 };
 
 struct SlicedMatmulLaunch {
