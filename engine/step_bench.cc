@@ -25,19 +25,24 @@ absl::StatusOr<std::unique_ptr<StepBench>> StepBench::Create(const StepBenchOpti
     return absl::InvalidArgumentError(absl::StrCat(
         "context ", options.context, " is not within 1 and the model's ", model.max_positions()));
   }
+  if (options.decodes < 0) {
+    return absl::InvalidArgumentError(absl::StrCat(options.decodes, " decodes are less than none"));
+  }
   if (options.chunk < 1 || options.chunk > options.context) {
     return absl::InvalidArgumentError(absl::StrCat(
         "chunk ", options.chunk, " is not within 1 and the context's ", options.context));
   }
   Backend& backend = model.backend();
+  const int max_seqs = options.max_seqs + options.decodes;
   EngineOptions engine;
   engine.block_size = options.block_size;
-  engine.max_num_seqs = options.max_seqs;
-  engine.max_num_batched_tokens = options.max_seqs * options.chunk;
+  engine.max_num_seqs = max_seqs;
+  engine.max_num_batched_tokens = options.max_seqs * options.chunk + options.decodes;
   engine.coherent_decode = options.coherent;
+  engine.whole_level_prompts = options.whole_level_prompts;
   const int blocks = (options.context + options.block_size - 1) / options.block_size;
-  MOBI_ASSIGN_OR_RETURN(KvCache kv, KvCache::Create(model.config(), options.max_seqs * blocks,
-                                                    options.block_size, backend));
+  MOBI_ASSIGN_OR_RETURN(
+      KvCache kv, KvCache::Create(model.config(), max_seqs * blocks, options.block_size, backend));
   const auto token = source.price_table();
   const auto coherent =
       source.coherent_price_table().empty() ? token : source.coherent_price_table();
@@ -55,12 +60,12 @@ void StepBench::MakeSequences() {
   request_.spec.prompt.resize(options_.context);
   request_.spec.max_new_tokens = 1;
   request_.spec.sampling.temperature = 0;
-  request_.sequences.resize(options_.max_seqs);
-  for (int i = 0; i < options_.max_seqs; ++i) {
+  request_.sequences.resize(options_.max_seqs + options_.decodes);
+  for (int i = 0; i < options_.max_seqs + options_.decodes; ++i) {
     Sequence& sequence = request_.sequences[i];
     sequence.request = &request_;
     sequence.index = i;
-    sequence.num_computed = options_.context - options_.chunk;
+    sequence.num_computed = options_.context - ChunkOf(i);
     for (int t = 0; t < options_.context; ++t) {
       sequence.tokens.push_back((i * 7919 + t * 104729) % model_.config().vocab_size);
     }
@@ -95,15 +100,22 @@ absl::Status StepBench::Set(int num_seqs, float bits) {
 
 absl::Status StepBench::Run() {
   std::vector<ScheduledChunk> plan;
-  plan.reserve(static_cast<size_t>(num_seqs_));
-  for (int i = 0; i < num_seqs_; ++i) {
-    plan.push_back({&request_.sequences[i], options_.context - options_.chunk, options_.chunk,
-                    /*decode=*/options_.chunk == 1});
+  plan.reserve(static_cast<size_t>(num_seqs_ + options_.decodes));
+  for (int i = 0; i < num_seqs_ + options_.decodes; ++i) {
+    const int of_all = i < options_.decodes ? options_.max_seqs + i : i - options_.decodes;
+    const int chunk = ChunkOf(of_all);
+    plan.push_back(
+        {&request_.sequences[of_all], options_.context - chunk, chunk, /*decode=*/chunk == 1});
   }
   MOBI_ASSIGN_OR_RETURN(const StepResult result, runner_.Run(plan, target_));
-  effective_bits_ = 0;
-  for (const ChunkResult& chunk : result.chunks) effective_bits_ += chunk.last_effective_bits;
-  effective_bits_ /= static_cast<double>(result.chunks.size());
+  const bool whole_levels = options_.whole_level_prompts && options_.decodes > 0;
+  double bits = 0, count = 0;
+  for (const ChunkResult& chunk : result.chunks) {
+    if (whole_levels && !chunk.chunk.decode) continue;
+    bits += chunk.last_effective_bits;
+    ++count;
+  }
+  effective_bits_ = bits / count;
   loaded_bits_ = result.loaded_bits;
   lm_head_level_ = result.lm_head_level;
   return absl::OkStatus();
@@ -128,7 +140,7 @@ double StepBench::StepBytes() const {
   const double head = lm_head_level_ > 0 ? BytesAtLevel(vocab, hidden, lm_head_level_)
                                          : 2.0 * static_cast<double>(vocab * hidden);
   const double kv = static_cast<double>(KvCache::BlockBytes(config, 1, dtype)) * options_.context;
-  return linears + head + kv * num_seqs_;
+  return linears + head + kv * (num_seqs_ + options_.decodes);
 }
 
 }  // namespace mobi

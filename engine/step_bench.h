@@ -22,8 +22,10 @@ struct StepBenchOptions {
   int max_seqs = 1;
   int context = 512;  // tokens that each sequence attends to, its own included
   int chunk = 1;      // tokens of each sequence in a step, at most context; 1: decodes
+  int decodes = 0;    // sequences that decode beside the chunks, not counted in max_seqs
   int block_size = 16;
-  bool coherent = false;  // decodes share levels, see EngineOptions::coherent_decode
+  bool coherent = false;             // decodes share levels, see EngineOptions::coherent_decode
+  bool whole_level_prompts = false;  // see EngineOptions
 };
 
 class StepBench {
@@ -34,13 +36,14 @@ class StepBench {
                                                            const WeightSource& source);
 
   // From now on steps have `num_seqs` sequences, at most max_seqs, and use `bits` on average: 2, 4,
-  // 6 and 8 read one level everywhere, between them the price is searched that comes nearest. Runs
-  // a few steps for that.
+  // 6 and 8 read one level everywhere, between them the price is searched that comes nearest for
+  // all sequences that have a choice. Runs a few steps for that.
   absl::Status Set(int num_seqs, float bits);
   // One step, waited for.
   absl::Status Run();
 
-  // Of the last step: mean over its tokens, and per weight moved (ranges and offsets included).
+  // Of the last step: mean over its sequences, those of prompts at whole levels left out unless
+  // there are no others, and per weight moved (ranges and offsets included).
   double effective_bits() const { return effective_bits_; }
   double loaded_bits() const { return loaded_bits_; }
   // Bytes that such a step has to move at least: linears at their levels, lm_head, the KV cache.
@@ -50,6 +53,8 @@ class StepBench {
   StepBench(const StepBenchOptions& options, const Model& model, StepRunner runner)
       : options_(options), model_(model), runner_(std::move(runner)) {}
   void MakeSequences();
+  // Tokens that a sequence brings; those behind max_seqs decode.
+  int ChunkOf(int sequence) const { return sequence < options_.max_seqs ? options_.chunk : 1; }
 
   const StepBenchOptions options_;
   const Model& model_;

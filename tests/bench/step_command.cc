@@ -23,7 +23,9 @@ absl::StatusOr<std::unique_ptr<StepBench>> CreateBench(const Model& model,
   return StepBench::Create({.max_seqs = max_seqs,
                             .context = options.context,
                             .chunk = options.chunk,
-                            .coherent = options.coherent},
+                            .decodes = options.decodes,
+                            .coherent = options.coherent,
+                            .whole_level_prompts = options.whole_level_prompts},
                            model, source);
 }
 
@@ -113,6 +115,7 @@ absl::StatusOr<Json> TimeCase(StepBench& bench, PartsBackend& parts, int sequenc
               {"sequences", sequences},
               {"context", options.context},
               {"chunk", options.chunk},
+              {"decodes", options.decodes},
               {"milliseconds", whole.median_s * 1e3},
               {"best_milliseconds", whole.best_s * 1e3},
               {"cpu_milliseconds", whole.cpu_s * 1e3},

@@ -17,8 +17,10 @@ struct StepCommandOptions {
   std::vector<float> bits;
   std::vector<int> sequences;
   int context = 512;
-  int chunk = 1;  // tokens of each sequence (step)
+  int chunk = 1;    // tokens of each sequence (step)
+  int decodes = 0;  // sequences that decode beside them (step)
   bool coherent = false;
+  bool whole_level_prompts = false;  // (step)
   bool parts = true;
   bool print = true;            // a table while it runs
   double seconds = 1;           // least time per case
@@ -26,7 +28,7 @@ struct StepCommandOptions {
 };
 
 // The model must have been loaded through `parts`. The result is an array, an object per case:
-// bits, effective_bits, loaded_bits, sequences, context, chunk, milliseconds (median),
+// bits, effective_bits, loaded_bits, sequences, context, chunk, decodes, milliseconds (median),
 // best_milliseconds, cpu_milliseconds (median of all threads' processor time), floor_milliseconds,
 // and parts_milliseconds by name.
 absl::StatusOr<nlohmann::json> TimeSteps(const Model& model, const WeightSource& source,

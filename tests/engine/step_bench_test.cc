@@ -75,6 +75,22 @@ TEST_F(StepBenchTest, StepsOfPromptsReadTheirBitsToo) {
   }
 }
 
+TEST_F(StepBenchTest, DecodesBesideAPromptAtAWholeLevel) {
+  const auto bench = StepBench::Create({.max_seqs = 1,
+                                        .context = kContext,
+                                        .chunk = 8,
+                                        .decodes = 3,
+                                        .coherent = true,
+                                        .whole_level_prompts = true},
+                                       *model_, *weights_);
+  ASSERT_TRUE(bench.ok()) << bench.status();
+  ASSERT_TRUE((*bench)->Set(1, 3.0f).ok());
+  EXPECT_LT((*bench)->effective_bits(), 8);
+  EXPECT_GE((*bench)->loaded_bits(), 4 + 32.0 / 128);  // the prompt reads 4 bits
+  ASSERT_TRUE((*bench)->Set(1, 8.0f).ok());
+  EXPECT_FLOAT_EQ((*bench)->effective_bits(), 8);
+}
+
 TEST_F(StepBenchTest, AChunkBeyondTheContextIsRefused) {
   for (const int chunk : {0, kContext + 1}) {
     const auto bench = StepBench::Create({.context = kContext, .chunk = chunk}, *model_, *weights_);
