@@ -285,17 +285,19 @@ void StepRunner::Enqueue(const Layout& layout) {
 
 void StepRunner::CollectCounts(const Layout& layout) {
   const int n = layout.key.num_tokens;
-  if (!layout.pinned) {
-    backend_.Download(buffers_.level_tiles.device, sizeof(uint32_t) * n, buffers_.level_tiles.host);
-    backend_.Download(buffers_.loaded_bytes.device, sizeof(uint64_t), buffers_.loaded_bytes.host);
-    return;
-  }
+  // No router counts tokens that it need not be asked about.
+  const int counted = layout.pinned ? 0 : layout.key.long_level > 0 ? layout.key.num_short : n;
   const uint8_t* const levels = buffers_.max_level.host;
-  for (int i = 0; i < n; ++i) {
+  for (int i = counted; i < n; ++i) {
     buffers_.level_tiles.host[i] = static_cast<uint32_t>(levels[i] * model_.routed_tiles());
   }
-  const int highest = *std::max_element(levels, levels + n);
-  *buffers_.loaded_bytes.host = model_.routed_bytes(highest);
+  if (layout.pinned) {
+    *buffers_.loaded_bytes.host = model_.routed_bytes(*std::max_element(levels, levels + n));
+    return;
+  }
+  backend_.Download(buffers_.level_tiles.device, sizeof(uint32_t) * counted,
+                    buffers_.level_tiles.host);
+  backend_.Download(buffers_.loaded_bytes.device, sizeof(uint64_t), buffers_.loaded_bytes.host);
 }
 
 absl::Status StepRunner::Score(const Layout& layout, StepResult& result) {

@@ -163,9 +163,9 @@ struct StepKey {
   // long prompts. A backend may compute the two with kernels that round differently, for which side
   // a token is on depends on its request alone.
   int num_short = 0;
-  // Not 0: the level of all tokens of long prompts in all sliced matmuls with 16-bit results. A
-  // backend may then keep their rows of what RmsNorm, AddRmsNorm, SwiGlu or Attention makes for the
-  // matmul that follows at once, and leave `out` as it was there.
+  // Not 0: the level of all tokens of long prompts in all sliced matmuls with 16-bit results. Route
+  // may then leave out their levels and level_tiles, and RmsNorm, AddRmsNorm, SwiGlu and Attention
+  // their rows of `out`, if the matmul that reads them follows at once.
   int long_level = 0;
   int max_context_len = 0;
   bool decode_only = false;  // one token per sequence: shapes repeat, so the step may be captured

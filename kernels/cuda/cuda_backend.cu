@@ -18,6 +18,7 @@
 #include "kernels/cuda/device_memory.h"
 #include "kernels/cuda/fault.h"
 #include "kernels/cuda/ops.h"
+#include "kernels/cuda/pending_ops.h"
 #include "kernels/cuda/routed_matmul.h"
 #include "kernels/cuda/sliced_matmul.h"
 #include "kernels/cuda/staging.h"
@@ -84,38 +85,17 @@ class CudaBackend final : public Backend {
                   TopLogprobs* out) override;
 
  private:
-  // Ops that wait for the next one, which may be able to do both in one kernel. A norm or SwiGLU is
-  // taken by the route that follows, that by its matmul, and that by the norm that adds its output
-  // to the residual. In a step whose long prompts read one level, these ops and attention leave
-  // their results as the matmul reads them.
-  struct PendingRope {
-    Tensor qkv;
-    RopeTable rope;
-    const int32_t* positions;
-    const int32_t* slots;
-    AttentionShape shape;
-    KvLayer kv;
-  };
-  struct PendingInput {
-    cuda::RouteSource source;
-    Tensor x;
-  };
-  struct PendingAttention {
-    Tensor q;
-    KvLayer kv;
-    AttentionBatch batch;
-    AttentionShape shape;
-    Tensor out;
-  };
-
   // Before any CUDA call: false once the device has failed. The current device belongs to the
   // calling thread, and a backend may change threads between start and first step.
   bool Enter();
   // The same, and what is pending is launched. Every public method begins with one of the two.
   bool EnterAlone();
-  cudaError_t LaunchInput(const PendingInput& pending, const cuda::PrefillImages& images = {});
-  // The matmul of long prompts with the pending op that makes their x; false: not of these.
-  bool LaunchWithInput(Tensor x, const SlicedWeight& weight, int64_t num_short, Tensor out);
+  // Whether the route and the matmul of x's long prompts, which read one level, need no router:
+  // then Route is of the short ones alone.
+  bool RoutesShortAlone(const Tensor& x, const SlicedWeight& weight) const;
+  // The matmul of long prompts that read one level; false: they do not, or there is no room.
+  bool LaunchLongPrompts(Tensor x, const SlicedWeight& weight, int64_t num_short, Tensor out);
+  void LaunchShortPart(const cuda::RoutedMatmul& op);
   void LaunchRoute(const cuda::RoutedMatmul& op);
   cuda::SlicedMatmulLaunch MatmulLaunch() const;
   bool IsActivation(const Tensor& t) const { return t.dtype == activation_; }
@@ -133,11 +113,16 @@ class CudaBackend final : public Backend {
   int clusters_[4] = {};  // of 2^i blocks that run at a time
   std::unique_ptr<cuda::Staging> staging_;
   std::unique_ptr<cuda::StepGraphs> graphs_;
-  std::optional<PendingInput> pending_input_;         // at most one of the five is set
+  // Ops that wait for the next one, which may be able to do both in one kernel. A norm or SwiGLU is
+  // taken by the route that follows, that by its matmul, and that by the norm that adds its output
+  // to the residual. Of long prompts that read one level, these ops and attention leave their
+  // results as the matmul reads them. At most one is set, but for a route of short prompts beside
+  // the input of long ones.
+  std::optional<cuda::PendingInput> pending_input_;
   std::optional<cuda::RoutedMatmul> pending_route_;   // without its output
   std::optional<cuda::RoutedMatmul> pending_matmul_;  // without its residual
-  std::optional<PendingRope> pending_rope_;
-  std::optional<PendingAttention> pending_attention_;
+  std::optional<cuda::PendingRope> pending_rope_;
+  std::optional<cuda::PendingAttention> pending_attention_;
   std::optional<StepKey> step_;           // while a step with prompts runs
   std::unique_ptr<cuda::Cublas> cublas_;  // loaded by the first op that can use it
   bool cublas_asked_ = false;
@@ -207,33 +192,20 @@ bool CudaBackend::Enter() {
   return fault_.Check(cudaSetDevice(device_.device), "set device");
 }
 
-cudaError_t CudaBackend::LaunchInput(const PendingInput& pending,
-                                     const cuda::PrefillImages& images) {
-  const cuda::RouteSource& source = pending.source;
-  return source.input == cuda::RouteInput::kSwiGlu
-             ? cuda::LaunchSwiGlu(context_, source.source, pending.x, images)
-             : cuda::LaunchRmsNorm(context_, source.source, source.delta, source.norm_weight,
-                                   source.eps, pending.x, images);
-}
-
 bool CudaBackend::EnterAlone() {
   if (!Enter()) return false;
   if (const auto input = std::exchange(pending_input_, std::nullopt)) {
-    fault_.Check(LaunchInput(*input), "RmsNorm or SwiGlu");
+    fault_.Check(input->Launch(context_), "RmsNorm or SwiGlu");
   }
   if (const auto attention = std::exchange(pending_attention_, std::nullopt)) {
-    fault_.Check(cuda::LaunchAttention(context_, attention->q, attention->kv, attention->batch,
-                                       attention->shape, {}, attention->out),
-                 "Attention");
+    fault_.Check(attention->Launch(context_), "Attention");
   }
   if (const auto route = std::exchange(pending_route_, std::nullopt)) LaunchRoute(*route);
   if (const auto matmul = std::exchange(pending_matmul_, std::nullopt)) {
     fault_.Check(cuda::LaunchRoutedMatmul(context_, MatmulLaunch(), *matmul), "SlicedMatmul");
   }
   if (const auto rope = std::exchange(pending_rope_, std::nullopt)) {
-    fault_.Check(cuda::LaunchRope(context_, rope->qkv, rope->rope, rope->positions, rope->slots,
-                                  rope->shape, rope->kv),
-                 "RopeAndWriteKv");
+    fault_.Check(rope->Launch(context_), "RopeAndWriteKv");
   }
   return fault_.ok();
 }
@@ -365,14 +337,28 @@ void CudaBackend::AddRmsNorm(Tensor delta, Tensor weight, float eps, Tensor resi
   pending_input_ = {{cuda::RouteInput::kNorm, residual, delta, weight, eps}, out};
 }
 
+bool CudaBackend::RoutesShortAlone(const Tensor& x, const SlicedWeight& weight) const {
+  if (!step_.has_value() || step_->long_level == 0 || step_->num_short == 0 ||
+      step_->num_tokens != x.rows || !context_.clusters) {
+    return false;
+  }
+  Tensor out = x;
+  out.cols = out.stride = weight.rows;
+  return cuda::TakesPrefillImages(MatmulLaunch(), x, weight, out);
+}
+
 void CudaBackend::Route(Tensor x, const RoutedWeight& linear, const RoutingBatch& batch,
                         uint8_t* levels, int64_t levels_stride) {
+  const bool short_alone = RoutesShortAlone(x, linear.weight);
+  const int64_t routed = short_alone ? step_->num_short : batch.num_tokens;
   cuda::RouteSource source;
+  std::optional<cuda::PendingInput> of_long;
   if (pending_input_.has_value() && pending_input_->x.data == x.data &&
       pending_input_->x.rows == batch.num_tokens && pending_input_->x.stride == x.stride &&
       cuda::CanFuseRoute(context_, pending_input_->source, x, linear)) {
-    source = pending_input_->source;
-    pending_input_.reset();
+    const auto made = std::exchange(pending_input_, std::nullopt);
+    source = made->source.Rows(0, routed);
+    if (short_alone) of_long = made->Rows(routed, x.rows - routed);
   }
   if (!EnterAlone() || batch.num_tokens == 0) return;
   const Router& router = linear.router;
@@ -382,13 +368,19 @@ void CudaBackend::Route(Tensor x, const RoutedWeight& linear, const RoutingBatch
                       "Route: types, more than 64 hidden units, or columns not whole groups")) {
     return;
   }
-  pending_route_ = {source, x, linear, batch, levels, levels_stride, {}, {}};
-  if (!cuda::CanRouteInMatmul(context_, MatmulLaunch(), source, x, linear)) EnterAlone();
+  pending_input_ = of_long;
+  pending_route_ = {source, x.FirstRows(routed), linear, batch, 0, levels, levels_stride, {}, {}};
+  pending_route_->batch.num_tokens = static_cast<int>(routed);
+  if (short_alone) {
+    pending_route_->others_level = step_->long_level;
+  } else if (!cuda::CanRouteInMatmul(context_, MatmulLaunch(), source, x, linear)) {
+    EnterAlone();
+  }
 }
 
 void CudaBackend::LaunchRoute(const cuda::RoutedMatmul& op) {
-  fault_.Check(cuda::LaunchRoute(context_, op.source, op.x, op.linear, op.batch, op.levels,
-                                 op.levels_stride),
+  fault_.Check(cuda::LaunchRoute(context_, op.source, op.x, op.linear, op.batch, op.others_level,
+                                 op.levels, op.levels_stride),
                "Route");
 }
 
@@ -411,18 +403,25 @@ void CudaBackend::SlicedMatmul(Tensor x, const SlicedWeight& weight, const uint8
   const bool prompts =
       step_.has_value() && step_->num_tokens == out.rows && out.dtype != DType::kF32;
   const int64_t num_short = prompts ? step_->num_short : out.rows;
+  std::optional<cuda::RoutedMatmul> routed;  // with the route that is pending
   if (pending_route_.has_value() && pending_route_->x.data == x.data &&
-      pending_route_->levels == levels && pending_route_->x.rows == out.rows &&
-      pending_route_->linear.weight.slices == weight.slices && IsActivation(out) &&
-      num_short == out.rows) {
-    pending_matmul_ = std::exchange(pending_route_, std::nullopt);
-    pending_matmul_->out = out;
+      pending_route_->levels == levels && pending_route_->x.rows == num_short &&
+      pending_route_->linear.weight.slices == weight.slices && IsActivation(out)) {
+    routed = std::exchange(pending_route_, std::nullopt);
+    routed->out = out.FirstRows(num_short);
+  }
+  if (routed.has_value() && num_short == out.rows) {
+    pending_matmul_ = routed;
     return;
   }
-  const bool long_done = num_short < out.rows && LaunchWithInput(x, weight, num_short, out);
+  const bool long_done = num_short < out.rows && LaunchLongPrompts(x, weight, num_short, out);
   if (!EnterAlone() || out.rows == 0) return;
+  // A route of short prompts alone leaves no levels of long ones.
+  if (!fault_.Require(long_done || !routed.has_value(), "SlicedMatmul: out")) return;
   cuda::SlicedMatmulLaunch launch = MatmulLaunch();
-  if (num_short > 0) {
+  if (routed.has_value()) {
+    LaunchShortPart(*routed);
+  } else if (num_short > 0) {
     fault_.Check(cuda::LaunchSlicedMatmul(launch, x.FirstRows(num_short), weight, levels,
                                           levels_stride, out.FirstRows(num_short)),
                  "SlicedMatmul");
@@ -436,28 +435,43 @@ void CudaBackend::SlicedMatmul(Tensor x, const SlicedWeight& weight, const uint8
   }
 }
 
-bool CudaBackend::LaunchWithInput(Tensor x, const SlicedWeight& weight, int64_t num_short,
-                                  Tensor out) {
-  const auto makes_x = [&](const Tensor& made) {
-    return made.data == x.data && made.rows == x.rows && made.stride == x.stride;
-  };
-  const bool input = pending_input_.has_value() && makes_x(pending_input_->x);
-  const bool attention = pending_attention_.has_value() && makes_x(pending_attention_->out);
+void CudaBackend::LaunchShortPart(const cuda::RoutedMatmul& op) {
+  if (cuda::CanRouteInMatmul(context_, MatmulLaunch(), op.source, op.x, op.linear)) {
+    fault_.Check(cuda::LaunchRoutedMatmul(context_, MatmulLaunch(), op), "SlicedMatmul");
+    return;
+  }
+  LaunchRoute(op);
+  fault_.Check(cuda::LaunchSlicedMatmul(MatmulLaunch(), op.x, op.linear.weight, op.levels,
+                                        op.levels_stride, op.out),
+               "SlicedMatmul");
+}
+
+bool CudaBackend::LaunchLongPrompts(Tensor x, const SlicedWeight& weight, int64_t num_short,
+                                    Tensor out) {
   const Tensor long_x = x.Rows(num_short, x.rows - num_short);
   const Tensor long_out = out.Rows(num_short, x.rows - num_short);
   const cuda::SlicedMatmulLaunch launch = MatmulLaunch();
-  if (step_->long_level == 0 || (!input && !attention) ||
-      !cuda::TakesPrefillImages(launch, long_x, weight, long_out) || !Enter()) {
+  if (step_->long_level == 0 || !cuda::TakesPrefillImages(launch, long_x, weight, long_out)) {
     return false;
   }
+  // x is made by the op that is pending, of all rows or of these, or is there.
+  const auto makes = [](const Tensor& made, const Tensor& wanted) {
+    return made.data == wanted.data && made.rows == wanted.rows && made.stride == wanted.stride;
+  };
+  std::optional<cuda::PendingInput> input;
+  std::optional<cuda::PendingAttention> attention;
+  if (pending_input_.has_value() &&
+      (makes(pending_input_->x, x) || makes(pending_input_->x, long_x))) {
+    input = std::exchange(pending_input_, std::nullopt);
+  } else if (pending_attention_.has_value() && makes(pending_attention_->out, x)) {
+    attention = std::exchange(pending_attention_, std::nullopt);
+  }
+  if (!EnterAlone()) return false;
   const auto leave = [&](cuda::PrefillImages images) {
-    images.first_row = static_cast<int>(num_short);
-    if (const auto made = std::exchange(pending_input_, std::nullopt)) {
-      return LaunchInput(*made, images);
-    }
-    const auto made = std::exchange(pending_attention_, std::nullopt);
-    return cuda::LaunchAttention(context_, made->q, made->kv, made->batch, made->shape, {},
-                                 made->out, images);
+    if (attention.has_value()) return attention->Launch(context_, images);
+    if (!input.has_value()) return cuda::LaunchLeaveRows(context_, long_x, images);
+    images.first_row = static_cast<int>(input->x.rows - long_x.rows);
+    return input->Launch(context_, images);
   };
   fault_.Check(cuda::LaunchSlicedMatmul(launch, long_x, weight, step_->long_level, leave, long_out),
                "SlicedMatmul");

@@ -43,6 +43,8 @@ struct DecodeRope {
   const int32_t* slots = nullptr;
 };
 
+// Rows of x, which are there, into the images; their columns are whole groups.
+cudaError_t LaunchLeaveRows(const LaunchContext& context, Tensor x, const PrefillImages& images);
 // rope: only where every sequence has one token, and its heads fit CanFuseRope. images: of all
 // rows.
 cudaError_t LaunchAttention(const LaunchContext& context, Tensor q, const KvLayer& kv,
@@ -61,13 +63,22 @@ struct RouteSource {
   Tensor delta;
   Tensor norm_weight;
   float eps = 0;
+
+  RouteSource Rows(int64_t begin, int64_t count) const {
+    RouteSource some = *this;
+    some.source = source.Rows(begin, count);
+    if (delta.data != nullptr) some.delta = delta.Rows(begin, count);
+    return some;
+  }
 };
 // True if LaunchRoute can take this source other than kPlain, and LaunchRouteForMatmul any.
 bool CanFuseRoute(const LaunchContext& context, const RouteSource& source, Tensor x,
                   const RoutedWeight& linear);
+// others_level: that tokens of the step beyond the batch read in every segment, so that it is moved
+// anyway; 0: there are none.
 cudaError_t LaunchRoute(const LaunchContext& context, const RouteSource& source, Tensor x,
-                        const RoutedWeight& linear, const RoutingBatch& batch, uint8_t* levels,
-                        int64_t levels_stride);
+                        const RoutedWeight& linear, const RoutingBatch& batch, int others_level,
+                        uint8_t* levels, int64_t levels_stride);
 // Any float weight; out fp32 or the activation type. A result depends on its row of x alone.
 cudaError_t LaunchDenseMatmul(const LaunchContext& context, Tensor x, Tensor weight, Tensor out);
 cudaError_t LaunchSample(const LaunchContext& context, Tensor logits, const SamplingBatch& batch,

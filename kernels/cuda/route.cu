@@ -210,10 +210,11 @@ cudaError_t LaunchSource(const LaunchContext& context, const RouteParams& params
 }  // namespace
 
 cudaError_t LaunchRoute(const LaunchContext& context, const RouteSource& source, Tensor x,
-                        const RoutedWeight& linear, const RoutingBatch& batch, uint8_t* levels,
-                        int64_t levels_stride) {
-  return LaunchSource(context, StateRoute(source, x, linear, batch, levels, levels_stride), x.dtype,
-                      BatchImages{});
+                        const RoutedWeight& linear, const RoutingBatch& batch, int others_level,
+                        uint8_t* levels, int64_t levels_stride) {
+  return LaunchSource(context,
+                      StateRoute(source, x, linear, batch, others_level, levels, levels_stride),
+                      x.dtype, BatchImages{});
 }
 
 cudaError_t LaunchRouteForMatmul(const LaunchContext& context, const RouteParams& params, DType x,

@@ -35,6 +35,7 @@ struct RouteParams {
   float bytes[kMaxSegments][kNumLevels];
   uint32_t tiles[kMaxSegments];
   RoutingBatch batch;
+  int others_level;  // that tokens of the step beyond the batch read in every segment; 0: no such
   uint8_t* levels;
   int64_t levels_stride;
   float* partials;  // without clusters: [group][rank][token][hidden, then the sum of squares]
@@ -280,7 +281,7 @@ __device__ __forceinline__ void ChooseTogether(const RouteParams& p, const Routi
                                                const float* losses, Shared& s) {
   constexpr int kThreads = Shared::kThreads;
   const int tid = static_cast<int>(threadIdx.x);
-  int pinned = 0;  // the highest level that is read whatever the others choose
+  int pinned = p.others_level;  // the highest that is read whatever those with a choice choose
   for (int i = tid; i < batch.num_tokens; i += kThreads) {
     if (batch.min_level[i] == batch.max_level[i]) pinned = max(pinned, batch.max_level[i]);
   }
@@ -333,7 +334,7 @@ __device__ __forceinline__ void AddLoadedBytes(const RouteParams& p, uint64_t by
 __device__ __forceinline__ void CountBytes(const RouteParams& p, const int* highest) {
   uint64_t bytes = 0;
   for (int segment = 0; segment < p.num_segments; ++segment) {
-    bytes += static_cast<uint64_t>(p.bytes[segment][highest[segment] - 1]);
+    bytes += static_cast<uint64_t>(p.bytes[segment][max(highest[segment], p.others_level) - 1]);
   }
   AddLoadedBytes(p, bytes);
 }
@@ -384,7 +385,7 @@ cudaError_t WithRouteInput(DType x, RouteInput input, const Call& call) {
 // Host side: all of the parameters but scratch.
 inline RouteParams StateRoute(const RouteSource& source, const Tensor& x,
                               const RoutedWeight& linear, const RoutingBatch& batch,
-                              uint8_t* levels, int64_t levels_stride) {
+                              int others_level, uint8_t* levels, int64_t levels_stride) {
   const Router& router = linear.router;
   const SlicedWeight& weight = linear.weight;
   RouteParams params{};
@@ -402,7 +403,7 @@ inline RouteParams StateRoute(const RouteSource& source, const Tensor& x,
     params.tiles[s] = static_cast<uint32_t>(rows / kTileRows * (weight.cols / kGroupSize));
     begin = weight.segment_end[s];
   }
-  params.batch = batch;
+  params.batch = batch, params.others_level = others_level;
   params.levels = levels, params.levels_stride = levels_stride;
   params.input = source.input;
   params.x = x.data, params.x_stride = x.stride;

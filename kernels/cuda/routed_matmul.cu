@@ -39,7 +39,8 @@ cudaError_t LaunchRoutedBatch90(const LaunchContext& context, const SlicedMatmul
   if (!StateProblem(op.x, op.linear.weight, op.levels, op.levels_stride, op.out, &problem)) {
     return cudaErrorInvalidValue;
   }
-  RouteParams route = StateRoute(op.source, op.x, op.linear, op.batch, op.levels, op.levels_stride);
+  RouteParams route = StateRoute(op.source, op.x, op.linear, op.batch, op.others_level, op.levels,
+                                 op.levels_stride);
   route.losses = reinterpret_cast<float*>(context.scratch);
   return LaunchSlicedBatch90(BehindRouter(launch), problem, route,
                              [&](const SlicedProblem&, const BatchImages& images) {

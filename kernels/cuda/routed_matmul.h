@@ -19,6 +19,7 @@ struct RoutedMatmul {
   Tensor x;            // written unless source is kPlain
   RoutedWeight linear;
   RoutingBatch batch;
+  int others_level = 0;       // see LaunchRoute
   uint8_t* levels = nullptr;  // written, as by Route
   int64_t levels_stride = 0;
   Tensor out;

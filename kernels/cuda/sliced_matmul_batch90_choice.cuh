@@ -50,7 +50,7 @@ struct BatchChoice {
 
   // The level that the coherent tokens share. Every sixteenth token is added, then the sums are.
   __device__ __forceinline__ int ChooseShared(int segment, const Losses& losses) const {
-    uint32_t pinned = 0;
+    auto pinned = static_cast<uint32_t>(r.others_level);
     double sums[kNumLevels] = {};
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
@@ -103,7 +103,7 @@ struct BatchChoice {
 
   // What others see of a segment's choice; by one block.
   __device__ __forceinline__ void Publish(int segment, const int (&levels)[kPerLane]) const {
-    uint32_t highest = 0;
+    auto highest = static_cast<uint32_t>(r.others_level);
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       if (Has(i)) PublishLevel(r, Token(i), segment, levels[i]);

@@ -205,7 +205,7 @@ struct Decode90Head : DecodeWarp90<N, W, false, kRunsAhead<N>> {
     if constexpr (kRunsAhead<N>) {  // what one warp needs to choose for all
       const uint32_t pinned = own.min_level == own.max_level ? own.max_level : 0;
       const int highest = static_cast<int>(__reduce_max_sync(kFullWarp, pinned));
-      if (lane == 0) s.pinned_level = highest;
+      if (lane == 0) s.pinned_level = max(highest, r.others_level);
       if (lane < num_tokens) s.inverse_price[lane] = 1.0 / own.price;
     }
   }

@@ -104,8 +104,8 @@ cudaError_t LaunchRoutedDecode90(const SlicedMatmulLaunch& launch, const RoutedM
     return cudaErrorInvalidValue;
   }
   problem.residual = op.residual.data, problem.residual_stride = op.residual.stride;
-  const RouteParams route =
-      StateRoute(op.source, op.x, op.linear, op.batch, op.levels, op.levels_stride);
+  const RouteParams route = StateRoute(op.source, op.x, op.linear, op.batch, op.others_level,
+                                       op.levels, op.levels_stride);
   return ForTokens(problem.num_tokens,
                    [&]<int N, int W>() { return Launch<N, W>(launch, problem, route); });
 }

@@ -179,6 +179,35 @@ TEST_P(BackendSequence, RmsNormThenRouteLeavesItsInput) {
   ExpectRoutedFrom(routed.x, router, batch, routed);
 }
 
+// A norm gives the same bits alone and made by a router: a prompt has one beside decodes.
+TEST_P(BackendSequence, NormHasTheBitsOfTheNormInTheRouter) {
+  for (const int tokens : {1, 20, 200}) {
+    for (const int64_t cols : {int64_t{kGroupSize}, int64_t{4096}, kGroupSize * int64_t{37}}) {
+      const TestRouter router = RandomRouter(32, {64}, cols);
+      const Batch batch = RandomBatch(tokens, 0, router.host);
+      const Matrix residual = Normal(activations(), tokens, cols);
+      const Tensor delta = OnDevice(Normal(activations(), tokens, cols));
+      const Tensor weight = OnDevice(Normal(DType::kF32, 1, cols));
+      std::vector<Matrix> sums, results;
+      for (const bool alone : {true, false}) {
+        const Tensor sum = OnDevice(residual);
+        const auto norm = [&](Tensor x) { backend().AddRmsNorm(delta, weight, 1e-5f, sum, x); };
+        if (alone) {
+          const Tensor x = OnDevice(Matrix::Poisoned(activations(), tokens, cols));
+          norm(x);
+          results.push_back(ToHost(x));
+        } else {
+          results.push_back(Run(router, batch, cols, norm).x);
+        }
+        sums.push_back(ToHost(sum));
+      }
+      const std::string what = std::to_string(tokens) + " x " + std::to_string(cols);
+      ExpectSame(results[1], results[0], what);
+      ExpectSame(sums[1], sums[0], what + ": residual");
+    }
+  }
+}
+
 TEST_P(BackendSequence, SwiGluThenRoute) {
   for (const int tokens : {1, 3, 16, 50, 830}) {
     const int64_t cols = int64_t{kGroupSize} * Uniform(1, tokens > 50 ? 20 : 90);
@@ -383,6 +412,71 @@ TEST_P(BackendSequence, InputThenMatmulOfLongPromptsAtOneLevel) {
       ExpectSame(results[1][0], results[0][0], what);
       ExpectSame(results[1][1], results[0][1], "what x is made of");
       ExpectSame(results[1][2], results[0][2], "x of short prompts");
+    }
+  }
+}
+
+// Decodes and short prompts that are routed beside long prompts that are known to read one level,
+// and where it is not known: the same bits, but for what need not be written.
+TEST_P(BackendSequence, RouteThenMatmulBesideLongPromptsAtOneLevel) {
+  enum Input { kPlain, kAddNorm, kSwiGlu };
+  for (const Input input : {kPlain, kAddNorm, kSwiGlu}) {
+    for (const int num_short : {1, 5, 16, 20, 100, 140}) {
+      const int tokens = num_short + Uniform(1, 300);
+      const int64_t cols = int64_t{kGroupSize} * (num_short % 2 == 0 ? 16 : Uniform(1, 20));
+      const TestRouter router = RandomRouter(Uniform(1, 32), {64, 32}, cols);
+      RoutedWeight linear = router.device;
+      linear.weight = OnDevice(RandomWeight({64, 32}, cols));
+      Batch batch = RandomBatch(tokens, num_short / 2, router.host);
+      const auto level = static_cast<uint8_t>(Uniform(1, kNumLevels));
+      std::fill(batch.min_level.begin() + num_short, batch.min_level.end(), level);
+      std::fill(batch.max_level.begin() + num_short, batch.max_level.end(), level);
+      const Matrix source = Normal(activations(), tokens, input == kSwiGlu ? 2 * cols : cols);
+      const Tensor delta = OnDevice(Normal(activations(), tokens, cols));
+      const Tensor norm = OnDevice(Normal(DType::kF32, 1, cols));
+      const float* price = OnDevice(batch.price);
+      const uint8_t *lowest = OnDevice(batch.min_level), *highest = OnDevice(batch.max_level);
+      std::vector<Matrix> results[2];
+      std::vector<uint8_t> levels[2];
+      std::vector<uint32_t> tiles[2];
+      uint64_t loaded[2];
+      for (const bool known : {false, true}) {
+        const Tensor from = OnDevice(source);
+        const Tensor x =
+            input == kPlain ? from : OnDevice(Matrix::Poisoned(activations(), tokens, cols));
+        const Tensor out = OnDevice(Matrix::Poisoned(activations(), tokens, linear.weight.rows));
+        auto* chosen = OnDevice(std::vector<uint8_t>(2 * tokens, uint8_t{0xEE}));
+        auto* counts = OnDevice(std::vector<uint32_t>(tokens));
+        auto* bytes = OnDevice(std::vector<uint64_t>(1));
+        const StepKey key{.num_tokens = tokens,
+                          .num_seqs = num_short + 1,
+                          .num_coherent = batch.num_coherent,
+                          .num_short = num_short,
+                          .long_level = known ? level : 0};
+        backend().RunStep(key, [&] {
+          if (input == kSwiGlu) backend().SwiGlu(from, x);
+          if (input == kAddNorm) backend().AddRmsNorm(delta, norm, 1e-5f, from, x);
+          backend().Route(x, linear, View(batch, price, lowest, highest, counts, bytes), chosen,
+                          tokens);
+          backend().SlicedMatmul(x, linear.weight, chosen, tokens, out);
+        });
+        results[known] = {ToHost(out), ToHost(from), ToHost(x.FirstRows(num_short))};
+        for (int segment = 0; segment < 2; ++segment) {
+          const auto some = ToHost(chosen + segment * tokens, num_short);
+          levels[known].insert(levels[known].end(), some.begin(), some.end());
+        }
+        tiles[known] = ToHost(counts, num_short);
+        loaded[known] = ToHost(bytes, 1)[0];
+      }
+      const std::string what = std::to_string(num_short) + " short of " + std::to_string(tokens) +
+                               " tokens of " + std::to_string(cols) + " columns, input " +
+                               std::to_string(input);
+      ExpectSame(results[1][0], results[0][0], what);
+      ExpectSame(results[1][1], results[0][1], what + ": what x is made of");
+      ExpectSame(results[1][2], results[0][2], what + ": x of short prompts");
+      EXPECT_EQ(levels[1], levels[0]) << what;
+      EXPECT_EQ(tiles[1], tiles[0]) << what;
+      EXPECT_EQ(loaded[1], loaded[0]) << what;
     }
   }
 }
