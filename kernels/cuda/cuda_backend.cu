@@ -417,7 +417,10 @@ void CudaBackend::SlicedMatmul(Tensor x, const SlicedWeight& weight, const uint8
   const bool long_done = num_short < out.rows && LaunchLongPrompts(x, weight, num_short, out);
   if (!EnterAlone() || out.rows == 0) return;
   // A route of short prompts alone leaves no levels of long ones.
-  if (!fault_.Require(long_done || !routed.has_value(), "SlicedMatmul: out")) return;
+  if (!fault_.Require(long_done || !routed.has_value(),
+                      "SlicedMatmul: type or stride of its output")) {
+    return;
+  }
   cuda::SlicedMatmulLaunch launch = MatmulLaunch();
   if (routed.has_value()) {
     LaunchShortPart(*routed);
