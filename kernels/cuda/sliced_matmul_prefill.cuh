@@ -36,7 +36,7 @@ template <int BN>
 struct PrefillShared {
   static constexpr int kXStages = BN == 256 ? 5 : BN == 128 ? 6 : 8;  // steps
   static constexpr int kWStages = BN == 256 ? 3 : BN == 128 ? 6 : 7;  // groups
-  static constexpr int kXStageBytes = BN * kStepColumns * 2;
+  static constexpr int kXStageBytes = BN * kImageRowBytes;
   // [row tile][slice] of one group, then [row tile] of pairs.
   static constexpr int kPairs = kPrefillRowTiles * kNumSlices * kTileBytes;
   static constexpr int kWStageBytes = kPairs + kPrefillRowTiles * kTileScaleBytes;
@@ -196,10 +196,11 @@ struct Feeder {
   }
 
   __device__ __forceinline__ void FeedX(const PrefillTile& tile) {
-    const uint8_t* image =
-        plan.images + int64_t{tile.image} * 2 * p.groups * (BN * 128) + tile.first_of_image * 128;
-    const uint32_t bytes = (tile.tokens.count + 7) / 8 * 8 * 128;
-    for (int step = 0; step < 2 * p.groups; ++step, image += BN * 128) {
+    constexpr int kStepBytes = BN * kImageRowBytes;
+    const uint8_t* image = plan.images + int64_t{tile.image} * 2 * p.groups * kStepBytes +
+                           tile.first_of_image * kImageRowBytes;
+    const uint32_t bytes = (tile.tokens.count + 7) / 8 * 8 * kImageRowBytes;
+    for (int step = 0; step < 2 * p.groups; ++step, image += kStepBytes) {
       ptx::BarrierWait(x.empty + at_x.stage * 8, at_x.parity ^ 1);
       const uint32_t full = x.full + at_x.stage * 8;
       ptx::BarrierArriveExpecting(full, bytes);
