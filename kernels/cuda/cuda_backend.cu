@@ -38,6 +38,10 @@ std::string MiB(size_t bytes) {
   return absl::StrFormat("%.1f MiB", static_cast<double>(bytes) / 1048576.0);
 }
 
+bool SameRows(const Tensor& a, const Tensor& b) {
+  return a.data == b.data && a.rows == b.rows && a.stride == b.stride;
+}
+
 bool Is16Bit(DType dtype) { return dtype == DType::kF16 || dtype == DType::kBF16; }
 
 class CudaBackend final : public Backend {
@@ -95,7 +99,6 @@ class CudaBackend final : public Backend {
   bool RoutesShortAlone(const Tensor& x, const SlicedWeight& weight) const;
   // The matmul of long prompts that read one level; false: they do not, or there is no room.
   bool LaunchLongPrompts(Tensor x, const SlicedWeight& weight, int64_t num_short, Tensor out);
-  void LaunchShortPart(const cuda::RoutedMatmul& op);
   void LaunchRoute(const cuda::RoutedMatmul& op);
   cuda::SlicedMatmulLaunch MatmulLaunch() const;
   bool IsActivation(const Tensor& t) const { return t.dtype == activation_; }
@@ -353,8 +356,7 @@ void CudaBackend::Route(Tensor x, const RoutedWeight& linear, const RoutingBatch
   const int64_t routed = short_alone ? step_->num_short : batch.num_tokens;
   cuda::RouteSource source;
   std::optional<cuda::PendingInput> of_long;
-  if (pending_input_.has_value() && pending_input_->x.data == x.data &&
-      pending_input_->x.rows == batch.num_tokens && pending_input_->x.stride == x.stride &&
+  if (pending_input_.has_value() && SameRows(pending_input_->x, x.FirstRows(batch.num_tokens)) &&
       cuda::CanFuseRoute(context_, pending_input_->source, x, linear)) {
     const auto made = std::exchange(pending_input_, std::nullopt);
     source = made->source.Rows(0, routed);
@@ -422,9 +424,11 @@ void CudaBackend::SlicedMatmul(Tensor x, const SlicedWeight& weight, const uint8
     return;
   }
   cuda::SlicedMatmulLaunch launch = MatmulLaunch();
-  if (routed.has_value()) {
-    LaunchShortPart(*routed);
+  if (routed.has_value() &&
+      cuda::CanRouteInMatmul(context_, launch, routed->source, routed->x, routed->linear)) {
+    fault_.Check(cuda::LaunchRoutedMatmul(context_, launch, *routed), "SlicedMatmul");
   } else if (num_short > 0) {
+    if (routed.has_value()) LaunchRoute(*routed);
     fault_.Check(cuda::LaunchSlicedMatmul(launch, x.FirstRows(num_short), weight, levels,
                                           levels_stride, out.FirstRows(num_short)),
                  "SlicedMatmul");
@@ -438,17 +442,6 @@ void CudaBackend::SlicedMatmul(Tensor x, const SlicedWeight& weight, const uint8
   }
 }
 
-void CudaBackend::LaunchShortPart(const cuda::RoutedMatmul& op) {
-  if (cuda::CanRouteInMatmul(context_, MatmulLaunch(), op.source, op.x, op.linear)) {
-    fault_.Check(cuda::LaunchRoutedMatmul(context_, MatmulLaunch(), op), "SlicedMatmul");
-    return;
-  }
-  LaunchRoute(op);
-  fault_.Check(cuda::LaunchSlicedMatmul(MatmulLaunch(), op.x, op.linear.weight, op.levels,
-                                        op.levels_stride, op.out),
-               "SlicedMatmul");
-}
-
 bool CudaBackend::LaunchLongPrompts(Tensor x, const SlicedWeight& weight, int64_t num_short,
                                     Tensor out) {
   const Tensor long_x = x.Rows(num_short, x.rows - num_short);
@@ -458,15 +451,12 @@ bool CudaBackend::LaunchLongPrompts(Tensor x, const SlicedWeight& weight, int64_
     return false;
   }
   // x is made by the op that is pending, of all rows or of these, or is there.
-  const auto makes = [](const Tensor& made, const Tensor& wanted) {
-    return made.data == wanted.data && made.rows == wanted.rows && made.stride == wanted.stride;
-  };
   std::optional<cuda::PendingInput> input;
   std::optional<cuda::PendingAttention> attention;
   if (pending_input_.has_value() &&
-      (makes(pending_input_->x, x) || makes(pending_input_->x, long_x))) {
+      (SameRows(pending_input_->x, x) || SameRows(pending_input_->x, long_x))) {
     input = std::exchange(pending_input_, std::nullopt);
-  } else if (pending_attention_.has_value() && makes(pending_attention_->out, x)) {
+  } else if (pending_attention_.has_value() && SameRows(pending_attention_->out, x)) {
     attention = std::exchange(pending_attention_, std::nullopt);
   }
   if (!EnterAlone()) return false;

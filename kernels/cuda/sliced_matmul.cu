@@ -96,7 +96,7 @@ cudaError_t LaunchSlicedMatmul(const SlicedMatmulLaunch& launch, const Tensor& x
                                const SlicedWeight& weight, int level, LeavePrefillImages leave,
                                const Tensor& out) {
   SlicedProblem problem;
-  if (!TakesPrefillImages(launch, x, weight, out) ||
+  if (launch.compute_capability != 90 || x.rows == 0 ||
       !StateProblem(x, weight, nullptr, 0, out, &problem)) {
     return cudaErrorInvalidValue;
   }
