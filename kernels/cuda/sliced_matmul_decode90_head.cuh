@@ -19,13 +19,18 @@ inline constexpr int kTurnCols = kRouteWarps * 32;            // of a block, 8 t
 inline constexpr int kAllTurnCols = kRouteRanks * kTurnCols;  // of the cluster
 inline constexpr int kMaxTurns = 8;                           // of W1
 inline constexpr int kHeldTurns = 4;                          // in registers; the others: Later
-inline constexpr int kMeasuredAlone = 2;                      // tokens whose rows a block reads
-inline constexpr int kMaxNormTurns = 4;                       // of a norm's weight, held in shared
+inline constexpr int kW1RowBytes = kTurnCols * 2;             // of a turn
+inline constexpr int kW1TurnBytes = kMaxFusedRouterHidden * kW1RowBytes;
+inline constexpr int kMeasuredAlone = 2;  // tokens whose rows a block reads
+inline constexpr int kMaxNormTurns = 4;   // of a norm's weight, held in shared
 
 // Of at most eight tokens, a warpgroup of its own chooses levels while the others multiply at
 // those that the same tokens' linear had the last time.
 template <int N>
 inline constexpr bool kRunsAhead = N <= 8;
+// Of at most four, it also multiplies W1, which shared memory has room for.
+template <int N>
+inline constexpr bool kRoutesAlone = N <= 4;
 inline constexpr int kMultiplyBarrier = 1, kChooseBarrier = 2;
 
 // What the head of the kernel keeps in shared memory.
@@ -116,7 +121,31 @@ struct Decode90Head : DecodeWarp90<N, W, false, kRunsAhead<N>> {
     return shared + plan.ring + ((turn * 2 + h) * kW1Warps * 32 + tid) * 16;
   }
 
-  // This warp's rows of W1.
+  // Where 16 bytes of W1 are in shared memory, `turn` of those that are there. Lanes that read four
+  // neighbours of two rows meet different banks.
+  __device__ __forceinline__ uint8_t* W1At(int turn, int row, int chunk) const {
+    return shared + plan.w1 + turn * kW1TurnBytes + row * kW1RowBytes +
+           (chunk ^ (row & 1) << 2) * 16;
+  }
+
+  // Asks for W1 from that turn on, as many turns as there is room for, by the warps that choose.
+  __device__ __forceinline__ void LoadTurns(int first) const {
+    static_assert(kW1RowBytes == 32 * 16 && kRouters % 2 == 0);
+    const int row = Head::Thread() / 32, stride = static_cast<int>(r.w1_stride);
+    const half* from = r.w1 + row * stride + (rank * turns + first) * kTurnCols + lane * 8;
+    uint32_t to = ptx::SharedAddress(W1At(0, row, lane));
+#pragma unroll 1
+    for (int turn = min(plan.w1_turns, turns - first); turn > 0; --turn) {
+#pragma unroll
+      for (int i = 0; i < kMaxFusedRouterHidden; i += kRouters) {
+        if (row + i < r.num_hidden) ptx::CopyAsync16(to + i * kW1RowBytes, from + i * stride);
+      }
+      to += kW1TurnBytes, from += kTurnCols;
+    }
+    ptx::CommitCopies();
+  }
+
+  // Where all multiply W1: this warp's rows.
   __device__ __forceinline__ void LoadW1() {
     if (warp >= kW1Warps) return;
     // Rows beyond the last repeat it; nothing of them is used.
@@ -342,7 +371,7 @@ struct Decode90Head : DecodeWarp90<N, W, false, kRunsAhead<N>> {
     if (!kRunsAhead<N>) ptx::ClusterArriveRelaxed();
     if (r.input == RouteInput::kNorm) {
       if (warp < kWarps) Measure();
-      ptx::WaitCopies<0>();  // the norm's weight
+      AwaitHead();
       __syncthreads();
     }
 #pragma unroll 1
@@ -352,7 +381,16 @@ struct Decode90Head : DecodeWarp90<N, W, false, kRunsAhead<N>> {
       v = next;
     }
     StoreBatch(own);
-    ptx::WaitCopies<0>();
+    AwaitHead();
+  }
+
+  // What LoadHead has asked for is here, and W1 where all multiply it.
+  __device__ __forceinline__ void AwaitHead() const {
+    if constexpr (!kRoutesAlone<N>) {
+      ptx::WaitCopies<0>();
+    } else if (Chooses()) {
+      ptx::WaitCopies<1>();  // W1 may be under way
+    }
   }
 
   // ---- The router.
@@ -397,6 +435,63 @@ struct Decode90Head : DecodeWarp90<N, W, false, kRunsAhead<N>> {
       if (of_hidden == 0 && t == 0 && 8 * n + g < N)
         s.sums[w][8 * n + g][Head::kSumWidth - 1] = of_token;
     }
+  }
+
+  // The same by the warps that choose, each for two of route.cu's. Rows of W1 beyond the last are
+  // what lies in memory; nothing of them is used.
+  __device__ __forceinline__ void MultiplyTurns() const {
+    const int g = lane / 4, t = lane % 4, first_warp = Head::Thread() / 32 * 2;
+    float sums[2][2][4] = {}, squares[2] = {};
+    constexpr int kTurnGroups = kTurnCols / kGroupSize;
+#pragma unroll 1
+    for (int first = 0; first < turns; first += plan.w1_turns) {
+      if (first > 0) {
+        ptx::NamedBarrier(kChooseBarrier, Head::kThreads);  // all have read the turns before
+        LoadTurns(first);
+      }
+      ptx::WaitCopies<0>();
+      ptx::NamedBarrier(kChooseBarrier, Head::kThreads);
+      const int count = min(plan.w1_turns, turns - first);
+#pragma unroll 1
+      for (int turn = 0; turn < count; ++turn) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int w = first_warp + i;
+          const uint4 x =
+              *this->HalvesAt(w / 4 + (first + turn) * kTurnGroups, min(g, N - 1), t, w % 4);
+          AddSquares(x, squares[i]);
+#pragma unroll
+          for (int tile = 0; tile < 2; ++tile) {
+            if (16 * tile >= r.num_hidden) break;
+            uint4 a[2];
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+              a[h] = *reinterpret_cast<const uint4*>(W1At(turn, 16 * tile + 8 * h + g, 4 * w + t));
+            }
+            const uint32_t low[4] = {a[0].x, a[1].x, a[0].y, a[1].y};
+            const uint32_t high[4] = {a[0].z, a[1].z, a[0].w, a[1].w};
+            Mma<half>(sums[i][tile], low, x.x, x.y);
+            Mma<half>(sums[i][tile], high, x.z, x.w);
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      auto& of_warp = s.sums[first_warp + i];
+      const float of_token = QuadSum(squares[i]);
+      if (t == 0 && g < N) of_warp[g][Head::kSumWidth - 1] = of_token;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int token = 2 * t + e % 2;
+        if (token >= N) continue;
+#pragma unroll
+        for (int tile = 0; tile < 2; ++tile) {
+          of_warp[token][16 * tile + g + 8 * (e / 2)] = sums[i][tile][e];
+        }
+      }
+    }
+    ptx::NamedBarrier(kChooseBarrier, Head::kThreads);
   }
 
   // Every block of the cluster gets every block's sums.

@@ -40,7 +40,8 @@ struct Decode90Plan {
   int tokens_log = 0;                // of at most four tokens, 2^tokens_log are exchanged
   // Offsets in shared memory; x is at 0.
   int ring = 0, terms = 0, buffers = 0, levels = 0, barriers = 0;
-  int head = 0, head_barriers = 0;  // of a kernel that routes by itself
+  // Of a kernel that routes by itself. Halves of x: 0, in the place of x; W1: of so many turns.
+  int head = 0, head_barriers = 0, halves = 0, w1 = 0, w1_turns = 0;
   int shared_bytes = 0;
 };
 

@@ -6,10 +6,21 @@
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/routed_matmul.h"
 #include "kernels/cuda/sliced_matmul_decode90_route.cuh"
+#include "kernels/cuda/sliced_matmul_launch.h"
 #include "kernels/cuda/sliced_matmul_problem.h"
 
 namespace mobi::cuda {
 namespace {
+
+// Room for x as halves, and for as many turns of W1 as there is.
+template <int N>
+void AddW1(int groups, Decode90Plan& plan) {
+  const int turns = groups * kGroupSize / kAllTurnCols;
+  plan.halves = plan.shared_bytes;
+  plan.w1 = plan.halves + DivideUp(groups, kParts) * N / kTileTokens * kTileXBytes;
+  plan.w1_turns = std::min(turns, (kSharedBytes - plan.w1) / kW1TurnBytes);
+  plan.shared_bytes = plan.w1 + plan.w1_turns * kW1TurnBytes;
+}
 
 template <int N, int W>
 bool MakePlan(const SlicedMatmulLaunch& launch, const SlicedProblem& problem, int* clusters,
@@ -28,9 +39,14 @@ bool MakePlan(const SlicedMatmulLaunch& launch, const SlicedProblem& problem, in
     plan = two_buffers;
     fits = FitShared<N, W>(problem, kHeadBytes, plan);
   }
-  // Of W1 before the ring is used: RoutedDecode90::Later.
-  static_assert(kStages * 4 * W * kWarpStageBytes >=
-                (kMaxTurns - kHeldTurns) * 2 * 2 * kRouteWarps * 32 * 16);
+  if constexpr (kRoutesAlone<N>) {
+    AddW1<N>(problem.groups, plan);
+    fits = fits && plan.w1_turns > 0;
+  } else {
+    // Of W1 before the ring is used: RoutedDecode90::Later.
+    static_assert(kStages * 4 * W * kWarpStageBytes >=
+                  (kMaxTurns - kHeldTurns) * 2 * 2 * kRouteWarps * 32 * 16);
+  }
   plan.levels = plan.head + static_cast<int>(offsetof(Head, levels));
   return fits;
 }

@@ -188,19 +188,26 @@ struct RoutedDecode90 : Decode90Head<N, W> {
     if (Chooses()) {
       this->MakeHeadBarriers();
       this->LoadHead();
+      if constexpr (kRoutesAlone<N>) this->LoadTurns(0);
     } else {
+      if constexpr (kRoutesAlone<N>) this->MakeBarriers();
       guess = this->LoadGuess();  // of a step before: it is there
-      this->MakeBarriers();
-      this->LoadW1();
-      ptx::CommitCopies();
+      if constexpr (!kRoutesAlone<N>) {
+        this->MakeBarriers();
+        this->LoadW1();
+        ptx::CommitCopies();
+      }
     }
     ptx::ClusterArriveRelaxed();
     ptx::WaitForPrevious();
     this->MakeX();
     __syncthreads();
-    this->MultiplyW1();
-    __syncthreads();
+    if constexpr (!kRoutesAlone<N>) {
+      this->MultiplyW1();
+      __syncthreads();
+    }
     if (Chooses()) {
+      if constexpr (kRoutesAlone<N>) this->MultiplyTurns();
       this->Share();
       Choose();
       if (Head::Thread() < 32) Publish();

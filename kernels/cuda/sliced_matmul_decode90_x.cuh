@@ -124,7 +124,7 @@ struct Decode90X : Decode90Exchange<N, W, kAhead> {
   // one lane t of all quarters, meet different banks.
   __device__ __forceinline__ uint4* HalvesAt(int group, int token, int word, int t) const {
     const int of_tile = token % kTileTokens;
-    return reinterpret_cast<uint4*>(TokenAt(group, token) + word / 2 * kPieceStride +
+    return reinterpret_cast<uint4*>(TokenAt(group, token) + plan.halves + word / 2 * kPieceStride +
                                     ((word ^ of_tile) % 2 << 6) +
                                     ((t ^ (word >> 1) ^ (of_tile & 2)) << 4));
   }
