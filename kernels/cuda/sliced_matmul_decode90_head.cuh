@@ -28,9 +28,9 @@ inline constexpr int kMaxNormTurns = 4;   // of a norm's weight, held in shared
 // those that the same tokens' linear had the last time.
 template <int N>
 inline constexpr bool kRunsAhead = N <= 8;
-// Of at most four, it also multiplies W1, which shared memory has room for.
+// Of at most four, it also multiplies W1, for which shared memory has room.
 template <int N>
-inline constexpr bool kRoutesAlone = N <= 4;
+inline constexpr bool kChoosersHaveW1 = N <= 4;
 inline constexpr int kMultiplyBarrier = 1, kChooseBarrier = 2;
 
 // What the head of the kernel keeps in shared memory.
@@ -129,7 +129,7 @@ struct Decode90Head : DecodeWarp90<N, W, false, kRunsAhead<N>> {
   }
 
   // Asks for W1 from that turn on, as many turns as there is room for, by the warps that choose.
-  __device__ __forceinline__ void LoadTurns(int first) const {
+  __device__ __forceinline__ void LoadSharedW1(int first) const {
     static_assert(kW1RowBytes == 32 * 16 && kRouters % 2 == 0);
     const int row = Head::Thread() / 32, stride = static_cast<int>(r.w1_stride);
     const half* from = r.w1 + row * stride + (rank * turns + first) * kTurnCols + lane * 8;
@@ -386,7 +386,7 @@ struct Decode90Head : DecodeWarp90<N, W, false, kRunsAhead<N>> {
 
   // What LoadHead has asked for is here, and W1 where all multiply it.
   __device__ __forceinline__ void AwaitHead() const {
-    if constexpr (!kRoutesAlone<N>) {
+    if constexpr (!kChoosersHaveW1<N>) {
       ptx::WaitCopies<0>();
     } else if (Chooses()) {
       ptx::WaitCopies<1>();  // W1 may be under way
@@ -394,6 +394,29 @@ struct Decode90Head : DecodeWarp90<N, W, false, kRunsAhead<N>> {
   }
 
   // ---- The router.
+
+  // Sixteen hidden units, this lane's eight columns of two of them, times eight tokens.
+  static __device__ __forceinline__ void MultiplyTile(const uint4 (&rows)[2], const uint4& x,
+                                                      float (&sums)[4]) {
+    const uint32_t low[4] = {rows[0].x, rows[1].x, rows[0].y, rows[1].y};
+    const uint32_t high[4] = {rows[0].z, rows[1].z, rows[0].w, rows[1].w};
+    Mma<half>(sums, low, x.x, x.y);
+    Mma<half>(sums, high, x.z, x.w);
+  }
+  // Of the columns of one of route.cu's warps.
+  __device__ __forceinline__ void KeepTile(int of_warp, int tile, int eight,
+                                           const float (&sums)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int token = 8 * eight + lane % 4 * 2 + i % 2;
+      if (token < N) s.sums[of_warp][token][16 * tile + lane / 4 + 8 * (i / 2)] = sums[i];
+    }
+  }
+  __device__ __forceinline__ void KeepSquares(int of_warp, int eight, float squares) const {
+    const int token = 8 * eight + lane / 4;
+    const float of_token = QuadSum(squares);
+    if (lane % 4 == 0 && token < N) s.sums[of_warp][token][Head::kSumWidth - 1] = of_token;
+  }
 
   // sums = W1 x and the sums of squares, over the columns of each warp. Tokens beyond the last
   // bring what lies in memory; nothing of them is used.
@@ -407,39 +430,30 @@ struct Decode90Head : DecodeWarp90<N, W, false, kRunsAhead<N>> {
 #pragma unroll
     for (int turn = 0; turn < kMaxTurns; ++turn) {
       if (turn >= turns) break;
-      uint4 a[2];
+      uint4 rows[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        a[h] = turn < kHeldTurns ? w1[turn % kHeldTurns][h]
-                                 : *reinterpret_cast<const uint4*>(Later(turn - kHeldTurns, h));
+        rows[h] = turn < kHeldTurns ? w1[turn % kHeldTurns][h]
+                                    : *reinterpret_cast<const uint4*>(Later(turn - kHeldTurns, h));
       }
-      const uint32_t low[4] = {a[0].x, a[1].x, a[0].y, a[1].y};
-      const uint32_t high[4] = {a[0].z, a[1].z, a[0].w, a[1].w};
 #pragma unroll
       for (int n = 0; n < kEights; ++n) {
         const uint4 x =
             *this->HalvesAt(group + turn * kTurnGroups, min(8 * n + g, N - 1), t, of_token);
         if (of_hidden == 0) AddSquares(x, squares[n]);
-        Mma<half>(sums[n], low, x.x, x.y);
-        Mma<half>(sums[n], high, x.z, x.w);
+        MultiplyTile(rows, x, sums[n]);
       }
     }
 #pragma unroll
     for (int n = 0; n < kEights; ++n) {
-      const float of_token = QuadSum(squares[n]);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int token = 8 * n + 2 * t + i % 2;
-        if (token < N) s.sums[w][token][16 * of_hidden + g + 8 * (i / 2)] = sums[n][i];
-      }
-      if (of_hidden == 0 && t == 0 && 8 * n + g < N)
-        s.sums[w][8 * n + g][Head::kSumWidth - 1] = of_token;
+      KeepTile(w, of_hidden, n, sums[n]);
+      if (of_hidden == 0) KeepSquares(w, n, squares[n]);
     }
   }
 
   // The same by the warps that choose, each for two of route.cu's. Rows of W1 beyond the last are
   // what lies in memory; nothing of them is used.
-  __device__ __forceinline__ void MultiplyTurns() const {
+  __device__ __forceinline__ void MultiplySharedW1() const {
     const int g = lane / 4, t = lane % 4, first_warp = Head::Thread() / 32 * 2;
     float sums[2][2][4] = {}, squares[2] = {};
     constexpr int kTurnGroups = kTurnCols / kGroupSize;
@@ -447,7 +461,7 @@ struct Decode90Head : DecodeWarp90<N, W, false, kRunsAhead<N>> {
     for (int first = 0; first < turns; first += plan.w1_turns) {
       if (first > 0) {
         ptx::NamedBarrier(kChooseBarrier, Head::kThreads);  // all have read the turns before
-        LoadTurns(first);
+        LoadSharedW1(first);
       }
       ptx::WaitCopies<0>();
       ptx::NamedBarrier(kChooseBarrier, Head::kThreads);
@@ -463,33 +477,22 @@ struct Decode90Head : DecodeWarp90<N, W, false, kRunsAhead<N>> {
 #pragma unroll
           for (int tile = 0; tile < 2; ++tile) {
             if (16 * tile >= r.num_hidden) break;
-            uint4 a[2];
+            uint4 rows[2];
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-              a[h] = *reinterpret_cast<const uint4*>(W1At(turn, 16 * tile + 8 * h + g, 4 * w + t));
+              const int row = 16 * tile + 8 * h + g;
+              rows[h] = *reinterpret_cast<const uint4*>(W1At(turn, row, 4 * w + t));
             }
-            const uint32_t low[4] = {a[0].x, a[1].x, a[0].y, a[1].y};
-            const uint32_t high[4] = {a[0].z, a[1].z, a[0].w, a[1].w};
-            Mma<half>(sums[i][tile], low, x.x, x.y);
-            Mma<half>(sums[i][tile], high, x.z, x.w);
+            MultiplyTile(rows, x, sums[i][tile]);
           }
         }
       }
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      auto& of_warp = s.sums[first_warp + i];
-      const float of_token = QuadSum(squares[i]);
-      if (t == 0 && g < N) of_warp[g][Head::kSumWidth - 1] = of_token;
+      KeepSquares(first_warp + i, 0, squares[i]);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int token = 2 * t + e % 2;
-        if (token >= N) continue;
-#pragma unroll
-        for (int tile = 0; tile < 2; ++tile) {
-          of_warp[token][16 * tile + g + 8 * (e / 2)] = sums[i][tile][e];
-        }
-      }
+      for (int tile = 0; tile < 2; ++tile) KeepTile(first_warp + i, tile, 0, sums[i][tile]);
     }
     ptx::NamedBarrier(kChooseBarrier, Head::kThreads);
   }

@@ -39,7 +39,7 @@ bool MakePlan(const SlicedMatmulLaunch& launch, const SlicedProblem& problem, in
     plan = two_buffers;
     fits = FitShared<N, W>(problem, kHeadBytes, plan);
   }
-  if constexpr (kRoutesAlone<N>) {
+  if constexpr (kChoosersHaveW1<N>) {
     AddW1<N>(problem.groups, plan);
     fits = fits && plan.w1_turns > 0;
   } else {

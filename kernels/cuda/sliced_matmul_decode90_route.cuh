@@ -188,12 +188,11 @@ struct RoutedDecode90 : Decode90Head<N, W> {
     if (Chooses()) {
       this->MakeHeadBarriers();
       this->LoadHead();
-      if constexpr (kRoutesAlone<N>) this->LoadTurns(0);
+      if constexpr (kChoosersHaveW1<N>) this->LoadSharedW1(0);
     } else {
-      if constexpr (kRoutesAlone<N>) this->MakeBarriers();
+      this->MakeBarriers();
       guess = this->LoadGuess();  // of a step before: it is there
-      if constexpr (!kRoutesAlone<N>) {
-        this->MakeBarriers();
+      if constexpr (!kChoosersHaveW1<N>) {
         this->LoadW1();
         ptx::CommitCopies();
       }
@@ -202,12 +201,12 @@ struct RoutedDecode90 : Decode90Head<N, W> {
     ptx::WaitForPrevious();
     this->MakeX();
     __syncthreads();
-    if constexpr (!kRoutesAlone<N>) {
+    if constexpr (!kChoosersHaveW1<N>) {
       this->MultiplyW1();
       __syncthreads();
     }
     if (Chooses()) {
-      if constexpr (kRoutesAlone<N>) this->MultiplyTurns();
+      if constexpr (kChoosersHaveW1<N>) this->MultiplySharedW1();
       this->Share();
       Choose();
       if (Head::Thread() < 32) Publish();

@@ -4,7 +4,7 @@
 // Layout for mma: [group][tile of four tokens][words 0 and 1, 2 and 3][token][high, low][lane t] of
 // 16 bytes: each word's two registers of the operand, so that a lane has four words in two loads.
 // For wgmma: see WriteForWgmma. Where a router needs the halves first, a token has them in the same
-// bytes: see HalvesAt.
+// bytes, or in as many elsewhere: see HalvesAt.
 #ifndef MOBI_KERNELS_CUDA_SLICED_MATMUL_DECODE90_X_CUH_
 #define MOBI_KERNELS_CUDA_SLICED_MATMUL_DECODE90_X_CUH_
 

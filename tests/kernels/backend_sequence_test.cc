@@ -276,6 +276,10 @@ TEST_P(BackendSequence, RouteThenMatmulThenAddRmsNorm) {
   };
   for (const Case& c : {Case{kNorm, 1, 1, 32, 4096, {512, 128, 128}},
                         {kNorm, 1, 0, 9, 2048, {80}},
+                        {kNorm, 3, 2, 32, 4096, {256, 64}},
+                        {kPlain, 2, 2, 20, 2048, {144}},
+                        {kSwiGlu, 4, 3, 32, 14336, {400}},
+                        {kNorm, 4, 4, 16, 8192, {96, 16, 16}},
                         {kNorm, 7, 3, 32, 2048, {1024, 16}},
                         {kNorm, 16, 16, 20, 2048, {96, 16}},
                         {kPlain, 8, 0, 17, 2048, {208}},
