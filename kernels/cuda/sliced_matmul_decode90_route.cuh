@@ -182,7 +182,7 @@ struct RoutedDecode90 : Decode90Head<N, W> {
   // What a short kernel costs is the length of its instructions one after another. So while one
   // warpgroup chooses levels, the others ask for weights and multiply them: at the levels that were
   // chosen the last time, until they learn what they are. Not before x is made, for which they
-  // would be in the way.
+  // would be in the way. Only where the one has no room for W1 do all multiply it first.
   __device__ __forceinline__ void RouteAhead() {
     typename Base::Guess guess;
     if (Chooses()) {
