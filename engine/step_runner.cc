@@ -120,11 +120,10 @@ StepRunner::Layout StepRunner::LayOut(absl::Span<const ScheduledChunk> plan,
     AddChunk(static_cast<int>(i), coherent ? shared : target, result.chunks[i], layout);
   }
   layout.key.num_logits = layout.num_sampled;
-  // A step of decodes has the same kernels whatever its tokens are: it may be captured.
   const int n = layout.key.num_tokens;
   const absl::Span<const uint8_t> lowest(buffers_.min_level.host, n);
   const absl::Span<const uint8_t> highest(buffers_.max_level.host, n);
-  layout.pinned = !layout.key.decode_only && lowest == highest;
+  layout.key.pinned = lowest == highest;
   const int num_short = layout.key.num_short;
   layout.key.long_level = OnlyLevel(lowest.subspan(num_short), highest.subspan(num_short));
   return layout;
@@ -196,19 +195,23 @@ void StepRunner::AddSampling(const Sequence& sequence, int row, int index, Layou
   buffers_.sampling.host[n] = sampling;
 }
 
-// Pads a step of decodes to a size whose record exists: rows that write nothing and are ignored.
+// Pads a step of decodes to a size whose record exists: rows that write nothing and are ignored,
+// and read no level that others do not.
 void StepRunner::Pad(Layout& layout) {
   if (!layout.key.decode_only || !layout.scored.empty()) {
     layout.key.decode_only = false;
     return;
   }
   const int padded = backend_.PaddedDecodes(layout.key.num_seqs);
+  const uint8_t* const levels = buffers_.max_level.host;
+  const uint8_t lowest =
+      layout.key.pinned ? *std::min_element(levels, levels + layout.key.num_tokens) : uint8_t{1};
   for (int i = layout.key.num_seqs; i < padded; ++i) {
     buffers_.token_ids.host[i] = 0;
     buffers_.positions.host[i] = 0;
     buffers_.slots.host[i] = -1;
     buffers_.price.host[i] = 1.0f;
-    buffers_.min_level.host[i] = buffers_.max_level.host[i] = 1;
+    buffers_.min_level.host[i] = buffers_.max_level.host[i] = lowest;
     buffers_.query_start.host[i + 1] = i + 1;
     buffers_.context_len.host[i] = 0;
     buffers_.logits_rows.host[i] = 0;
@@ -259,7 +262,7 @@ StepTensors StepRunner::Tensors(const Layout& layout) const {
                   buffers_.max_level.device,
                   buffers_.level_tiles.device,
                   buffers_.loaded_bytes.device};
-  step.pinned = layout.pinned;
+  step.pinned = layout.key.pinned;
   step.attention = {layout.key.num_seqs,         layout.max_query_len,
                     layout.key.max_context_len,  buffers_.query_start.device,
                     buffers_.context_len.device, buffers_.block_table.device,
@@ -269,7 +272,7 @@ StepTensors StepRunner::Tensors(const Layout& layout) const {
 
 void StepRunner::Enqueue(const Layout& layout) {
   const StepTensors step = Tensors(layout);
-  if (!layout.pinned) {  // else no router counts: see CollectCounts
+  if (!layout.key.pinned) {  // else no router counts: see CollectCounts
     backend_.Zero(buffers_.level_tiles.device, sizeof(uint32_t) * step.num_tokens);
     backend_.Zero(buffers_.loaded_bytes.device, sizeof(uint64_t));
   }
@@ -286,12 +289,12 @@ void StepRunner::Enqueue(const Layout& layout) {
 void StepRunner::CollectCounts(const Layout& layout) {
   const int n = layout.key.num_tokens;
   // No router counts tokens that it need not be asked about.
-  const int counted = layout.pinned ? 0 : layout.key.long_level > 0 ? layout.key.num_short : n;
+  const int counted = layout.key.pinned ? 0 : layout.key.long_level > 0 ? layout.key.num_short : n;
   const uint8_t* const levels = buffers_.max_level.host;
   for (int i = counted; i < n; ++i) {
     buffers_.level_tiles.host[i] = static_cast<uint32_t>(levels[i] * model_.routed_tiles());
   }
-  if (layout.pinned) {
+  if (layout.key.pinned) {
     *buffers_.loaded_bytes.host = model_.routed_bytes(*std::max_element(levels, levels + n));
     return;
   }

@@ -68,7 +68,6 @@ class StepRunner {
   struct Layout {
     StepKey key;
     int max_level = kNumLevels;
-    bool pinned = false;  // see StepTensors
     int num_sampled = 0;
     int num_edits = 0;
     int max_query_len = 1;

@@ -168,6 +168,7 @@ struct StepKey {
   // their rows of `out`, if the matmul that reads them follows at once.
   int long_level = 0;
   int max_context_len = 0;
+  bool pinned = false;       // all tokens are: nothing is routed
   bool decode_only = false;  // one token per sequence: shapes repeat, so the step may be captured
   friend bool operator==(const StepKey&, const StepKey&) = default;
 };
@@ -207,7 +208,8 @@ class Backend {
   virtual absl::Status Synchronize() = 0;
 
   // How many rows a step of `num_decodes` one-token sequences is padded to, so that captured steps
-  // are few. Padding rows have slot -1, context_len 0 and are pinned to level 1.
+  // are few. Padding rows have slot -1, context_len 0 and are pinned to a level that is read
+  // anyway.
   virtual int PaddedDecodes(int num_decodes) const { return num_decodes; }
   // Runs `body`, a series of ops whose pointers are the same for equal keys. A backend may record
   // it and replay the record instead of calling it again.
@@ -227,7 +229,8 @@ class Backend {
   virtual void Route(Tensor x, const RoutedWeight& linear, const RoutingBatch& batch,
                      uint8_t* levels, int64_t levels_stride) = 0;
   // out[token, rows of segment] = W_level(token, segment) x[token]; out may be fp32: logits.
-  // levels as Route leaves them; levels_stride 0: a token reads the same in all segments.
+  // levels as Route leaves them; levels_stride 0: those of pinned tokens, which read the same in
+  // all segments. They were there before the step.
   virtual void SlicedMatmul(Tensor x, const SlicedWeight& weight, const uint8_t* levels,
                             int64_t levels_stride, Tensor out) = 0;
   // out = x weight^T; weight [out_features, in_features] fp32, fp16 or bf16; out may be fp32.

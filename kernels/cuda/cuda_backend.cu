@@ -97,6 +97,9 @@ class CudaBackend final : public Backend {
   // Whether the route and the matmul of x's long prompts, which read one level, need no router:
   // then Route is of the short ones alone.
   bool RoutesShortAlone(const Tensor& x, const SlicedWeight& weight) const;
+  // The matmul of pinned tokens, with the input that is pending; none: no kernel does both.
+  std::optional<cuda::RoutedMatmul> TakePinned(Tensor x, const SlicedWeight& weight,
+                                               const uint8_t* levels, Tensor out);
   // The matmul of long prompts that read one level; false: they do not, or there is no room.
   bool LaunchLongPrompts(Tensor x, const SlicedWeight& weight, int64_t num_short, Tensor out);
   void LaunchRoute(const cuda::RoutedMatmul& op);
@@ -118,9 +121,9 @@ class CudaBackend final : public Backend {
   std::unique_ptr<cuda::StepGraphs> graphs_;
   // Ops that wait for the next one, which may be able to do both in one kernel. A norm or SwiGLU is
   // taken by the route that follows, that by its matmul, and that by the norm that adds its output
-  // to the residual. Of long prompts that read one level, these ops and attention leave their
-  // results as the matmul reads them. At most one is set, but for a route of short prompts beside
-  // the input of long ones.
+  // to the residual; pinned tokens have no route, and the matmul takes the norm or SwiGLU. Of long
+  // prompts that read one level, these ops and attention leave their results as the matmul reads
+  // them. At most one is set, but for a route of short prompts beside the input of long ones.
   std::optional<cuda::PendingInput> pending_input_;
   std::optional<cuda::RoutedMatmul> pending_route_;   // without its output
   std::optional<cuda::RoutedMatmul> pending_matmul_;  // without its residual
@@ -375,7 +378,7 @@ void CudaBackend::Route(Tensor x, const RoutedWeight& linear, const RoutingBatch
   pending_route_->batch.num_tokens = static_cast<int>(routed);
   if (short_alone) {
     pending_route_->others_level = step_->long_level;
-  } else if (!cuda::CanRouteInMatmul(context_, MatmulLaunch(), source, x, linear)) {
+  } else if (!cuda::CanRouteInMatmul(context_, MatmulLaunch(), *pending_route_)) {
     EnterAlone();
   }
 }
@@ -412,6 +415,9 @@ void CudaBackend::SlicedMatmul(Tensor x, const SlicedWeight& weight, const uint8
     routed = std::exchange(pending_route_, std::nullopt);
     routed->out = out.FirstRows(num_short);
   }
+  if (!routed.has_value() && levels_stride == 0 && num_short == out.rows && IsActivation(out)) {
+    routed = TakePinned(x, weight, levels, out);
+  }
   if (routed.has_value() && num_short == out.rows) {
     pending_matmul_ = routed;
     return;
@@ -424,8 +430,7 @@ void CudaBackend::SlicedMatmul(Tensor x, const SlicedWeight& weight, const uint8
     return;
   }
   cuda::SlicedMatmulLaunch launch = MatmulLaunch();
-  if (routed.has_value() &&
-      cuda::CanRouteInMatmul(context_, launch, routed->source, routed->x, routed->linear)) {
+  if (routed.has_value() && cuda::CanRouteInMatmul(context_, launch, *routed)) {
     fault_.Check(cuda::LaunchRoutedMatmul(context_, launch, *routed), "SlicedMatmul");
   } else if (num_short > 0) {
     if (routed.has_value()) LaunchRoute(*routed);
@@ -440,6 +445,22 @@ void CudaBackend::SlicedMatmul(Tensor x, const SlicedWeight& weight, const uint8
                                           out.Rows(num_short, out.rows - num_short)),
                  "SlicedMatmul");
   }
+}
+
+std::optional<cuda::RoutedMatmul> CudaBackend::TakePinned(Tensor x, const SlicedWeight& weight,
+                                                          const uint8_t* levels, Tensor out) {
+  cuda::RoutedMatmul op;
+  op.x = x;
+  op.linear.weight = weight;
+  op.batch.num_tokens = static_cast<int>(x.rows);
+  op.pinned_levels = levels;
+  op.out = out;
+  const bool makes_x = pending_input_.has_value() && SameRows(pending_input_->x, x);
+  if (makes_x) op.source = pending_input_->source;
+  if (x.rows == 0 || !cuda::CanRouteInMatmul(context_, MatmulLaunch(), op)) return std::nullopt;
+  if (makes_x) pending_input_.reset();
+  if (!EnterAlone()) return std::nullopt;
+  return op;
 }
 
 bool CudaBackend::LaunchLongPrompts(Tensor x, const SlicedWeight& weight, int64_t num_short,

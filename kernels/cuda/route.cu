@@ -4,7 +4,8 @@
 // (compute capability 9.0) they exchange sums through shared memory and finish the tokens between
 // them; without, through scratch, and the block that arrives last finishes the group. The sums'
 // order is the same either way. For a matmul of the batch path the kernel ends with the tokens'
-// losses, from which that one chooses, and leaves x as whole numbers, which saves a kernel.
+// losses, from which that one chooses, and leaves x as whole numbers, which saves a kernel; where
+// all tokens are pinned it only does that.
 // Many tokens are route_many.cu's.
 #include "kernels/cuda/ops.h"
 #include "kernels/cuda/route.cuh"
@@ -121,7 +122,8 @@ __global__ void __launch_bounds__(kRouteThreads, kTokenTiles == 1 ? 2 : 1)
     columns.LoadNorm(p.norm_weight + tile.block_col,
                      min(tile.turns * kColsPerTurn, p.cols - tile.block_col));
   }
-  LoadRouter(p, s);
+  const bool routes = p.num_hidden > 0;
+  if (routes) LoadRouter(p, s);
   RoutingBatch batch = p.batch;
   const FewTokens few(batch, !leaves_images);
   if (threadIdx.x < kMaxSegments) s.highest[threadIdx.x] = 0;
@@ -139,6 +141,12 @@ __global__ void __launch_bounds__(kRouteThreads, kTokenTiles == 1 ? 2 : 1)
   }
   RouteSums<kHiddenTiles, kTokenTiles> sums;
   MakeAndMultiply<T, kInput>(p, tile, columns, scale, residual, weights, sums);
+  if constexpr (kTokenTiles == 1) {
+    if (!routes) {  // all that the matmul needs are the images
+      __syncthreads();
+      return LeaveInputImages<T>(p, images, tile, columns);
+    }
+  }
   if constexpr (kNorm) __syncthreads();  // s.sums was in use
   sums.Keep(s.sums[threadIdx.x / 32]);
   few.Keep(s, batch);

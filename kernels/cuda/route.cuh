@@ -21,7 +21,21 @@ inline constexpr int kRouteWarps = kRouteThreads / 32;
 inline constexpr int kRouteRanks = 8;  // blocks that share the columns
 inline constexpr int kMaxScores = kMaxSegments * kNumLevels;
 
-struct RouteParams {
+// A linear's input x, and what it is made from: see RouteInput.
+struct InputParams {
+  RouteInput input;
+  int cols;
+  void* x;
+  int64_t x_stride;
+  void* source;
+  int64_t source_stride;
+  const void* delta;
+  int64_t delta_stride;
+  const float* norm_weight;
+  float eps;
+};
+
+struct RouteParams : InputParams {
   const half* w1;
   int64_t w1_stride;
   const float* b1;
@@ -29,8 +43,7 @@ struct RouteParams {
   const float* w2;
   int64_t w2_stride;
   const float* b2;
-  int num_hidden;
-  int cols;
+  int num_hidden;  // 0: nothing is routed
   int num_segments;
   float bytes[kMaxSegments][kNumLevels];
   uint32_t tiles[kMaxSegments];
@@ -43,16 +56,6 @@ struct RouteParams {
   // chooses (sliced_matmul_batch90_choice.cuh).
   float* losses;
   uint32_t* counters;  // [group], then blocks done, then the highest level per segment
-  // The input x, and what it is made from: see RouteInput.
-  RouteInput input;
-  void* x;
-  int64_t x_stride;
-  void* source;
-  int64_t source_stride;
-  const void* delta;
-  int64_t delta_stride;
-  const float* norm_weight;
-  float eps;
 };
 
 // The tokens of a group that one block finishes: first, first + step, ... below count.
@@ -382,19 +385,31 @@ cudaError_t WithRouteInput(DType x, RouteInput input, const Call& call) {
   });
 }
 
+// Host side.
+inline InputParams StateInput(const RouteSource& source, const Tensor& x) {
+  InputParams params{};
+  params.input = source.input;
+  params.cols = static_cast<int>(x.cols);
+  params.x = x.data, params.x_stride = x.stride;
+  params.source = source.source.data, params.source_stride = source.source.stride;
+  params.delta = source.delta.data, params.delta_stride = source.delta.stride;
+  params.norm_weight = static_cast<const float*>(source.norm_weight.data);
+  params.eps = source.eps;
+  return params;
+}
+
 // Host side: all of the parameters but scratch.
 inline RouteParams StateRoute(const RouteSource& source, const Tensor& x,
                               const RoutedWeight& linear, const RoutingBatch& batch,
                               int others_level, uint8_t* levels, int64_t levels_stride) {
   const Router& router = linear.router;
   const SlicedWeight& weight = linear.weight;
-  RouteParams params{};
+  RouteParams params{StateInput(source, x)};
   params.w1 = router.w1.Row<half>(0), params.w1_stride = router.w1.stride;
   params.b1 = router.b1.Row<float>(0), params.u = router.u.Row<float>(0);
   params.w2 = router.w2.Row<float>(0), params.w2_stride = router.w2.stride;
   params.b2 = router.b2.Row<float>(0);
   params.num_hidden = router.num_hidden;
-  params.cols = static_cast<int>(weight.cols);
   params.num_segments = weight.num_segments;
   int64_t begin = 0;
   for (int s = 0; s < weight.num_segments; ++s) {
@@ -405,17 +420,11 @@ inline RouteParams StateRoute(const RouteSource& source, const Tensor& x,
   }
   params.batch = batch, params.others_level = others_level;
   params.levels = levels, params.levels_stride = levels_stride;
-  params.input = source.input;
-  params.x = x.data, params.x_stride = x.stride;
-  params.source = source.source.data, params.source_stride = source.source.stride;
-  params.delta = source.delta.data, params.delta_stride = source.delta.stride;
-  params.norm_weight = static_cast<const float*>(source.norm_weight.data);
-  params.eps = source.eps;
   return params;
 }
 
 // Up to kFewRoutedTokens tokens of a source that CanFuseRoute: leaves all losses, which params
-// names, and x in the images, for a matmul that chooses. Host side.
+// names, and x in the images, for a matmul that chooses; without a router, only x. Host side.
 cudaError_t LaunchRouteForMatmul(const LaunchContext& context, const RouteParams& params, DType x,
                                  const BatchImages& images);
 

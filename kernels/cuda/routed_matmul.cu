@@ -35,13 +35,15 @@ bool CanRouteInBatch90(const LaunchContext& context, const SlicedMatmulLaunch& l
 
 cudaError_t LaunchRoutedBatch90(const LaunchContext& context, const SlicedMatmulLaunch& launch,
                                 const RoutedMatmul& op) {
+  const bool pinned = op.pinned_levels != nullptr;
   SlicedProblem problem;
-  if (!StateProblem(op.x, op.linear.weight, op.levels, op.levels_stride, op.out, &problem)) {
+  if (!StateProblem(op.x, op.linear.weight, pinned ? op.pinned_levels : op.levels,
+                    pinned ? 0 : op.levels_stride, op.out, &problem)) {
     return cudaErrorInvalidValue;
   }
   RouteParams route = StateRoute(op.source, op.x, op.linear, op.batch, op.others_level, op.levels,
                                  op.levels_stride);
-  route.losses = reinterpret_cast<float*>(context.scratch);
+  if (!pinned) route.losses = reinterpret_cast<float*>(context.scratch);
   return LaunchSlicedBatch90(BehindRouter(launch), problem, route,
                              [&](const SlicedProblem&, const BatchImages& images) {
                                return LaunchRouteForMatmul(context, route, op.x.dtype, images);
@@ -51,15 +53,20 @@ cudaError_t LaunchRoutedBatch90(const LaunchContext& context, const SlicedMatmul
 }  // namespace
 
 bool CanRouteInMatmul(const LaunchContext& context, const SlicedMatmulLaunch& launch,
-                      const RouteSource& source, const Tensor& x, const RoutedWeight& linear) {
-  return x.rows <= kMostFusedTokens ? CanRouteInDecode90(launch, source, x, linear)
-                                    : CanRouteInBatch90(context, launch, source, x, linear);
+                      const RoutedMatmul& op) {
+  if (op.x.rows > kMostFusedTokens) {
+    return CanRouteInBatch90(context, launch, op.source, op.x, op.linear);
+  }
+  return op.pinned_levels != nullptr
+             ? CanMultiplyPinned90(launch, op.source, op.x, op.linear.weight)
+             : CanRouteInDecode90(launch, op.source, op.x, op.linear);
 }
 
 cudaError_t LaunchRoutedMatmul(const LaunchContext& context, const SlicedMatmulLaunch& launch,
                                const RoutedMatmul& op) {
-  return op.x.rows <= kMostFusedTokens ? LaunchRoutedDecode90(launch, op)
-                                       : LaunchRoutedBatch90(context, launch, op);
+  if (op.x.rows > kMostFusedTokens) return LaunchRoutedBatch90(context, launch, op);
+  return op.pinned_levels != nullptr ? LaunchPinnedDecode90(launch, op)
+                                     : LaunchRoutedDecode90(launch, op);
 }
 
 }  // namespace mobi::cuda

@@ -1,6 +1,6 @@
 // The head of a kernel that makes a linear's x and routes by itself
-// (sliced_matmul_decode90_route.cuh), up to the sums of W1 x: every cluster makes x for itself,
-// and its eight blocks share the columns of W1 as they share the matmul's.
+// (sliced_matmul_decode90_route.cuh), up to the sums of W1 x: the eight blocks of a cluster share
+// the columns of W1 as they share the matmul's.
 #ifndef MOBI_KERNELS_CUDA_SLICED_MATMUL_DECODE90_HEAD_CUH_
 #define MOBI_KERNELS_CUDA_SLICED_MATMUL_DECODE90_HEAD_CUH_
 
@@ -10,19 +10,14 @@
 
 #include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/route.cuh"
-#include "kernels/cuda/sliced_matmul_decode90.cuh"
+#include "kernels/cuda/sliced_matmul_decode90_input.cuh"
 
 namespace mobi::cuda {
 
-static_assert(kRouteRanks == kParts);
-inline constexpr int kTurnCols = kRouteWarps * 32;            // of a block, 8 to each lane
-inline constexpr int kAllTurnCols = kRouteRanks * kTurnCols;  // of the cluster
-inline constexpr int kMaxTurns = 8;                           // of W1
-inline constexpr int kHeldTurns = 4;                          // in registers; the others: Later
-inline constexpr int kW1RowBytes = kTurnCols * 2;             // of a turn
+inline constexpr int kMaxTurns = 8;                // of W1
+inline constexpr int kHeldTurns = 4;               // in registers; the others: Later
+inline constexpr int kW1RowBytes = kTurnCols * 2;  // of a turn
 inline constexpr int kW1TurnBytes = kMaxFusedRouterHidden * kW1RowBytes;
-inline constexpr int kMeasuredAlone = 2;  // tokens whose rows a block reads
-inline constexpr int kMaxNormTurns = 4;   // of a norm's weight, held in shared
 
 // Of at most eight tokens, a warpgroup of its own chooses levels while the others multiply at
 // those that the same tokens' linear had the last time.
@@ -43,11 +38,10 @@ struct RouteHead {
   static __device__ __forceinline__ int Thread() {
     return static_cast<int>(threadIdx.x) - kFirstThread;
   }
+  NormShared<N> norm;
   float sums[kRouteWarps][N][kSumWidth];  // W1 x and the sum of squares, by columns of a warp
   float partials[kRouteRanks][N][kSumWidth];
   float hidden[N][kMaxFusedRouterHidden];
-  float squares[N][kRouteRanks * kRouteWarps];   // of a norm's input
-  float norm_weight[kMaxNormTurns * kTurnCols];  // of this block's columns
   float losses[N][kMaxScores];
   float w2[kMaxScores][kMaxFusedRouterHidden + 1];
   float b2[kMaxScores];
@@ -65,21 +59,27 @@ struct RouteHead {
 };
 
 template <int N, int W>
-struct Decode90Head : DecodeWarp90<N, W, false, kRunsAhead<N>> {
-  using Base = DecodeWarp90<N, W, false, kRunsAhead<N>>;
+using InputOfHead = Decode90Input<N, W, kRunsAhead<N>, kRunsAhead<N> ? 4 : 0>;
+
+template <int N, int W>
+struct Decode90Head : InputOfHead<N, W> {
+  using Base = InputOfHead<N, W>;
   using Base::first_group;
   using Base::GroupOf;
   using Base::Items;
+  using Base::kAllWarps;
   using Base::kWarps;
   using Base::lane;
   using Base::num_tokens;
   using Base::plan;
   using Base::rank;
   using Base::shared;
+  using Base::tid;
   using Base::TokenOf;
+  using Base::turns;
   using Base::warp;
   using Head = RouteHead<N, W>;
-  static constexpr int kThreads = Head::kFirstThread + Head::kThreads, kAllWarps = kThreads / 32;
+  static_assert(32 * kAllWarps == Head::kFirstThread + Head::kThreads);
   static constexpr int kRouters = Head::kThreads / 32;  // warps that choose, the last ones
   static constexpr int kEights = (N + 7) / 8;           // of tokens, W1's operand
   static constexpr int kW1Warps = 2 * kRouteWarps;  // a warp has one of two tiles of hidden units
@@ -87,28 +87,21 @@ struct Decode90Head : DecodeWarp90<N, W, false, kRunsAhead<N>> {
 
   const RouteParams& r;
   Head& s;
-  int tid, turns;
   uint4 w1[kHeldTurns][2];
 
   __device__ __forceinline__ Decode90Head(const SlicedProblem& problem, const Decode90Plan& plan,
                                           const RouteParams& route, uint8_t* memory)
-      : Base(problem, plan, memory), r(route), s(*reinterpret_cast<Head*>(memory + plan.head)) {
-    tid = threadIdx.x;
-    turns = r.cols / kAllTurnCols;
-    this->chosen = SquaresArrive() + 8;
+      : Base(problem, plan, route, memory),
+        r(route),
+        s(*reinterpret_cast<Head*>(memory + plan.head)) {
+    this->chosen = SumsArrive() + 8;
     this->choice = &s.present;
   }
 
   __device__ __forceinline__ bool Chooses() const { return warp >= kAllWarps - kRouters; }
 
-  // Count what the cluster's blocks send: their sums, and the squares of a norm's input.
-  __device__ __forceinline__ uint32_t SumsArrive() const {
-    return ptx::SharedAddress(shared) + plan.head_barriers;
-  }
-  __device__ __forceinline__ uint32_t SquaresArrive() const { return SumsArrive() + 8; }
-  __device__ __forceinline__ bool SharesSquares() const {
-    return r.input == RouteInput::kNorm && num_tokens > kMeasuredAlone;
-  }
+  // Counts the sums that the cluster's blocks send.
+  __device__ __forceinline__ uint32_t SumsArrive() const { return Base::SquaresArrive() + 8; }
   // The first column, of the block's, of this lane's eight in a turn.
   __device__ __forceinline__ int TurnCol(int turn) const {
     return turn * kTurnCols + warp % kRouteWarps * 32 + lane % 4 * 8;
@@ -171,13 +164,7 @@ struct Decode90Head : DecodeWarp90<N, W, false, kRunsAhead<N>> {
 
   // The rest is of the warps that choose.
   __device__ __forceinline__ void LoadHead() const {
-    const int of_block = turns * kTurnCols;
-    if (r.input == RouteInput::kNorm) {
-      for (int i = Head::Thread() * 4; i < of_block; i += Head::kThreads * 4) {
-        ptx::CopyAsync16(ptx::SharedAddress(s.norm_weight + i),
-                         r.norm_weight + rank * of_block + i);
-      }
-    }
+    Base::LoadNorm(Head::Thread(), Head::kThreads);
     const bool hidden = lane < r.num_hidden;
     const int first = Head::Thread() / 32;
     for (int row = first; row < r.num_segments * kNumLevels; row += kRouters) {
@@ -198,16 +185,13 @@ struct Decode90Head : DecodeWarp90<N, W, false, kRunsAhead<N>> {
   // By one thread, for all of the cluster.
   __device__ __forceinline__ void MakeHeadBarriers() const {
     if (Head::Thread() != 0) return;
+    Base::InitSquaresBarrier();
     ptx::BarrierInit(SumsArrive(), 1);
-    ptx::BarrierInit(SquaresArrive(), 1);
     ptx::BarrierInit(this->chosen, 32);
     ptx::FenceBarrierInit();
     ptx::BarrierArriveExpecting(SumsArrive(), kRouteRanks * num_tokens * Head::kSumWidth * 4);
-    ptx::BarrierArriveExpecting(SquaresArrive(), kRouteRanks * num_tokens * kRouteWarps * 4);
+    Base::ExpectSquares();
   }
-
-  // The cluster that writes what concerns all: the last, whose run is not a long one.
-  __device__ __forceinline__ bool Speaks() const { return blockIdx.x >= gridDim.x - kParts; }
 
   // ---- x.
 
@@ -239,147 +223,21 @@ struct Decode90Head : DecodeWarp90<N, W, false, kRunsAhead<N>> {
     }
   }
 
-  // Sums of squares of the tokens' rows, by the warps that multiply. Of few tokens, every block
-  // reads the whole rows.
-  __device__ __forceinline__ void Measure() const {
-    if (SharesSquares()) return ShareSquares();
-    constexpr int kLanes = kRouteRanks * kRouteWarps * 4;
-    static_assert(kMeasuredAlone * kLanes <= 32 * kWarps);
-    const int token = tid / kLanes, at = tid % kLanes;
-    if (token >= num_tokens) return;
-    const float squares = Squares(token, at / 32, at % 32);
-    if (at % 4 == 0) s.squares[token][at / 4] = squares;
-  }
-
-  // Of many, a block reads its own columns, a warp one token, and the cluster shares the sums.
-  __device__ __forceinline__ void ShareSquares() const {
-#pragma unroll 1
-    for (int token = warp; token < num_tokens; token += kWarps) {
-      const float squares = Squares(token, rank, lane);
-      const uint32_t to = ptx::SharedAddress(&s.squares[token][rank * kRouteWarps + lane / 4]);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int k = lane % 4 * 2 + i;
-        ptx::StoreClusterAsync(ptx::MapToRank(to, k), squares, ptx::MapToRank(SquaresArrive(), k));
-      }
-    }
-    ptx::BarrierWait(SquaresArrive(), 0);
-  }
-
-  // Of the columns of one of route.cu's warps, all of its four lanes get them.
-  __device__ __forceinline__ float Squares(int token, int of_rank, int at) const {
-    const auto* const row = static_cast<const half*>(r.source) +
-                            token * static_cast<int>(r.source_stride) +
-                            of_rank * turns * kTurnCols + at * 8;
-    uint4 words[kMaxNormTurns];
-#pragma unroll
-    for (int turn = 0; turn < kMaxNormTurns; ++turn) {
-      if (turn >= turns) break;
-      words[turn] = __ldcg(reinterpret_cast<const uint4*>(row + turn * kTurnCols));
-    }
-    float squares = 0;
-#pragma unroll
-    for (int turn = 0; turn < kMaxNormTurns; ++turn) {
-      if (turn >= turns) break;
-      AddSquares(words[turn], squares);
-    }
-    return QuadSum(squares);
-  }
-
-  // 1 / rms of this half warp's token.
-  __device__ __forceinline__ float Scale(int token) const {
-    float sum = 0, total = 0;
-#pragma unroll
-    for (int w = 0; w < kRouteWarps; ++w) sum += s.squares[token][lane % 8 * kRouteWarps + w];
-#pragma unroll
-    for (int k = 0; k < kRouteRanks; ++k) {
-      total += __shfl_sync(kFullWarp, sum, lane / 16 * 16 + k);
-    }
-    return rsqrtf(total / static_cast<float>(r.cols) + r.eps);
-  }
-
-  static __device__ __forceinline__ void AddSquares(const uint4& words, float& squares) {
-    const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 v = Unpack<half>(pairs[i]);
-      squares = fmaf(v.x, v.x, squares);
-      squares = fmaf(v.y, v.y, squares);
-    }
-  }
-
-  // Eight columns of a token: of x, or of what x is made of.
-  struct Eight {
-    uint4 first;
-    uint4 up;  // SwiGLU's second half
-  };
-  // An item is a group of two tokens, half a warp each, as in StageX.
-  __device__ __forceinline__ Eight ReadSource(int item) const {
-    Eight v{};
-    const int token = TokenOf(item), col = GroupOf(item) * kGroupSize + lane % 16 * 8;
-    if (item >= Items() || token >= num_tokens) return v;
-    const bool plain = r.input == RouteInput::kPlain;
-    const auto* const from = static_cast<const half*>(plain ? r.x : r.source) +
-                             token * static_cast<int>(plain ? r.x_stride : r.source_stride) +
-                             first_group * kGroupSize + col;
-    v.first = __ldcg(reinterpret_cast<const uint4*>(from));
-    if (r.input == RouteInput::kSwiGlu) {
-      v.up = __ldcg(reinterpret_cast<const uint4*>(from + r.cols));
-    }
-    return v;
-  }
-
-  // The item's elements of x, to shared memory.
-  __device__ __forceinline__ void Make(int item, Eight v) const {
-    const int token = TokenOf(item), col = GroupOf(item) * kGroupSize + lane % 16 * 8;
-    float scale = 0;
-    if (r.input == RouteInput::kNorm) scale = Scale(token);
-    if (token >= num_tokens) return;
-    uint32_t words[4] = {v.first.x, v.first.y, v.first.z, v.first.w};
-    if (r.input == RouteInput::kNorm) {
-      float weight[8];
-      Load8(s.norm_weight + col, 8, true, weight);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float2 pair = Unpack<half>(words[i]);
-        pair.x *= scale * weight[2 * i];
-        pair.y *= scale * weight[2 * i + 1];
-        words[i] = Pack<half>(pair.x, pair.y);
-      }
-    } else if (r.input == RouteInput::kSwiGlu) {
-      const uint32_t ups[4] = {v.up.x, v.up.y, v.up.z, v.up.w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 gate = Unpack<half>(words[i]), up = Unpack<half>(ups[i]);
-        words[i] = Pack<half>(Silu(gate.x) * up.x, Silu(gate.y) * up.y);
-      }
-    }
-    const uint4 made = make_uint4(words[0], words[1], words[2], words[3]);
-    *this->OwnHalves(GroupOf(item), token) = made;
-    if (r.input != RouteInput::kPlain && Speaks()) {
-      *reinterpret_cast<uint4*>(static_cast<half*>(r.x) + token * r.x_stride +
-                                first_group * kGroupSize + col) = made;
-    }
-  }
-
   // Items go to all warps, first to those that choose.
   __device__ __forceinline__ void MakeX() const {
     const int first_item = kRunsAhead<N> ? (warp + kRouters) % kAllWarps : warp;
-    Eight v = ReadSource(first_item);
+    const auto v = Base::ReadSource(first_item);
     const OfBatch own = LoadBatch();
     ptx::ClusterWait();  // every block has begun, and may be sent to
     if (!kRunsAhead<N>) ptx::ClusterArriveRelaxed();
     if (r.input == RouteInput::kNorm) {
-      if (warp < kWarps) Measure();
+      if (warp < kWarps) Base::Measure();
       AwaitHead();
       __syncthreads();
     }
-#pragma unroll 1
-    for (int item = first_item; item < Items(); item += kAllWarps) {
-      const Eight next = ReadSource(item + kAllWarps);
-      Make(item, v);
-      v = next;
-    }
+    Base::MakeItems(first_item, v, [&](int group, int token, const uint4& made) {
+      if (token < num_tokens) *this->OwnHalves(group, token) = made;
+    });
     StoreBatch(own);
     AwaitHead();
   }
@@ -440,7 +298,7 @@ struct Decode90Head : DecodeWarp90<N, W, false, kRunsAhead<N>> {
       for (int n = 0; n < kEights; ++n) {
         const uint4 x =
             *this->HalvesAt(group + turn * kTurnGroups, min(8 * n + g, N - 1), t, of_token);
-        if (of_hidden == 0) AddSquares(x, squares[n]);
+        if (of_hidden == 0) Base::AddSquares(x, squares[n]);
         MultiplyTile(rows, x, sums[n]);
       }
     }
@@ -473,7 +331,7 @@ struct Decode90Head : DecodeWarp90<N, W, false, kRunsAhead<N>> {
           const int w = first_warp + i;
           const uint4 x =
               *this->HalvesAt(w / 4 + (first + turn) * kTurnGroups, min(g, N - 1), t, w % 4);
-          AddSquares(x, squares[i]);
+          Base::AddSquares(x, squares[i]);
 #pragma unroll
           for (int tile = 0; tile < 2; ++tile) {
             if (16 * tile >= r.num_hidden) break;

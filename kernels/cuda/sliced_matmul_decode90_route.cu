@@ -63,7 +63,7 @@ cudaError_t Launch(const SlicedMatmulLaunch& launch, const SlicedProblem& proble
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attributes[2] = {};
   const cudaLaunchConfig_t config =
-      Configure(launch, plan, clusters, 1, RoutedDecode90<N, W>::kThreads, attributes);
+      Configure(launch, plan, clusters, 1, RoutedDecode90<N, W>::kAllThreads, attributes);
   return cudaLaunchKernelEx(&config, kernel, problem, plan, route);
 }
 
@@ -83,29 +83,12 @@ bool Fits(const SlicedMatmulLaunch& launch, const SlicedProblem& problem) {
   });
 }
 
-bool SourceFits(const RouteSource& source, int64_t cols) {
-  switch (source.input) {
-    case RouteInput::kPlain:
-      return true;
-    case RouteInput::kNorm:  // whose sum is the residual already
-      return source.delta.data == nullptr && cols <= int64_t{kMaxNormTurns} * kAllTurnCols &&
-             Vectorizable(source.source) && Vectorizable(source.norm_weight);
-    case RouteInput::kSwiGlu:
-      return Vectorizable(source.source);
-  }
-  return false;
-}
-
 }  // namespace
 
 bool CanRouteInDecode90(const SlicedMatmulLaunch& launch, const RouteSource& source,
                         const Tensor& x, const RoutedWeight& linear) {
-  const int64_t cols = linear.weight.cols;
-  if (launch.clusters[kPartsLog] == 0 || x.dtype != DType::kF16 || x.rows < 1 ||
-      x.rows > kMostFusedTokens || cols % kAllTurnCols != 0 ||
-      cols > int64_t{kMaxTurns} * kAllTurnCols ||
-      linear.router.num_hidden > kMaxFusedRouterHidden || !Vectorizable(x) ||
-      linear.router.w1.stride % 8 != 0 || !SourceFits(source, cols)) {
+  if (!CanMakeInput90(launch, source, x) || x.cols > int64_t{kMaxTurns} * kAllTurnCols ||
+      linear.router.num_hidden > kMaxFusedRouterHidden || linear.router.w1.stride % 8 != 0) {
     return false;
   }
   Tensor out = x;

@@ -27,8 +27,8 @@ struct RoutedDecode90 : Decode90Head<N, W> {
   using Base = Decode90Head<N, W>;
   using Base::Base;
   using Base::Chooses;
+  using Base::kAllThreads;
   using Base::kRouters;
-  using Base::kThreads;
   using Base::kWarps;
   using Base::lane;
   using Base::num_tokens;
@@ -145,7 +145,7 @@ struct RoutedDecode90 : Decode90Head<N, W> {
   // What others see of the choice; by one block.
   __device__ __forceinline__ void Publish() const {
     if (blockIdx.x != gridDim.x - 1) return;
-    constexpr int kWriters = kRunsAhead<N> ? 32 : kThreads;
+    constexpr int kWriters = kRunsAhead<N> ? 32 : kAllThreads;
     for (int e = Head::Thread(); e < num_tokens * r.num_segments; e += kWriters) {
       const int token = e / r.num_segments, segment = e % r.num_segments;
       PublishLevel(r, token, segment, s.levels[segment][token]);
@@ -222,7 +222,7 @@ struct RoutedDecode90 : Decode90Head<N, W> {
 
 // Grid: the blocks of the clusters of eight.
 template <int N, int W>
-__global__ void __launch_bounds__(RoutedDecode90<N, W>::kThreads, 1)
+__global__ void __launch_bounds__(RoutedDecode90<N, W>::kAllThreads, 1)
     RoutedDecode90Kernel(const __grid_constant__ SlicedProblem p,
                          const __grid_constant__ Decode90Plan plan,
                          const __grid_constant__ RouteParams route) {
