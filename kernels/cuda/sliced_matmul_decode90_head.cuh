@@ -23,7 +23,8 @@ inline constexpr int kW1TurnBytes = kMaxFusedRouterHidden * kW1RowBytes;
 // those that the same tokens' linear had the last time.
 template <int N>
 inline constexpr bool kRunsAhead = N <= 8;
-// Of at most four, it also multiplies W1, for which shared memory has room.
+// Of at most four, it also multiplies W1, for which shared memory has room, as it has for x as
+// halves beside x as whole numbers.
 template <int N>
 inline constexpr bool kChoosersHaveW1 = N <= 4;
 inline constexpr int kMultiplyBarrier = 1, kChooseBarrier = 2;
@@ -223,7 +224,8 @@ struct Decode90Head : InputOfHead<N, W> {
     }
   }
 
-  // Items go to all warps, first to those that choose.
+  // Items go to all warps, first to those that choose. Halves and whole numbers have each a place
+  // of their own, or whole numbers come later in the place of halves: EncodeHalves.
   __device__ __forceinline__ void MakeX() const {
     const int first_item = kRunsAhead<N> ? (warp + kRouters) % kAllWarps : warp;
     const auto v = Base::ReadSource(first_item);
@@ -237,6 +239,7 @@ struct Decode90Head : InputOfHead<N, W> {
     }
     Base::MakeItems(first_item, v, [&](int group, int token, const uint4& made) {
       if (token < num_tokens) *this->OwnHalves(group, token) = made;
+      if constexpr (kChoosersHaveW1<N>) Base::Encode(group, token, made);
     });
     StoreBatch(own);
     AwaitHead();

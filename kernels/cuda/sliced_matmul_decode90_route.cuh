@@ -214,8 +214,10 @@ struct RoutedDecode90 : Decode90Head<N, W> {
     }
     this->TakeGuess(guess);
     this->Begin();
-    this->EncodeHalves();
-    ptx::NamedBarrier(kMultiplyBarrier, 128 * W);
+    if constexpr (!kChoosersHaveW1<N>) {
+      this->EncodeHalves();
+      ptx::NamedBarrier(kMultiplyBarrier, 128 * W);
+    }
     this->RunAll();
   }
 };
