@@ -113,7 +113,7 @@ void Model::Forward(const StepTensors& step, const KvCache& kv, const Activation
 void Model::Logits(Tensor hidden, const uint8_t* levels, Tensor logits) const {
   if (sliced_lm_head_.has_value()) {
     logits.cols = sliced_lm_head_->weight.rows;  // with the padding of the vocabulary
-    backend_.SlicedMatmul(hidden, sliced_lm_head_->weight, levels, hidden.rows, logits);
+    backend_.SlicedMatmul(hidden, sliced_lm_head_->weight, levels, /*levels_stride=*/0, logits);
   } else {
     backend_.DenseMatmul(hidden, lm_head_, logits);
   }

@@ -395,6 +395,7 @@ struct BatchWarp90 : BatchBlock90<N> {
   __device__ __forceinline__ void RunAtLevel(Outputs& y) {
     constexpr int kGroups = kStageGroups<level>;
     Start<level>();
+    ptx::WaitForPrevious();  // if levels were known before
     for (int part = FirstPart(); part < FirstPart() + Parts(); ++part) {
 #pragma unroll
       for (auto& rows : y) rows[0] = rows[1] = 0;
@@ -423,7 +424,7 @@ struct BatchWarp90 : BatchBlock90<N> {
   __device__ __forceinline__ void Run(const RouteParams& route) {
     if (warp == 4 * kBatchWarpgroups) {
       this->OrderTokens(route);
-    } else {
+    } else if (!this->AreKnown()) {
       ptx::WaitForPrevious();
     }
     __syncthreads();
@@ -431,6 +432,7 @@ struct BatchWarp90 : BatchBlock90<N> {
         __shfl_sync(~0u, *this->OrderAt(), 0);  // the same for all lanes, as the compiler sees
     if (warpgroup == kBatchWarpgroups) {
       ptx::GiveRegisters<kBatchFeederRegisters>();
+      ptx::WaitForPrevious();
       this->FeedX();
       return;
     }

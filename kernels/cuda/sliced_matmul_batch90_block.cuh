@@ -244,7 +244,10 @@ struct BatchBlock90 {
     if (first_of_segment && blockIdx.y == 0) choice.Publish(segment, of_all);
   }
 
-  // The previous kernel has ended when they are asked for.
+  // Levels are known before the previous kernel has ended.
+  __device__ __forceinline__ bool AreKnown() const { return p.levels_stride == 0; }
+
+  // Where levels are not known, the previous kernel has ended when they are asked for.
   __device__ __forceinline__ void OrderTokens(const RouteParams& route) const {
     int levels[kBlockLevels];
     if (route.losses != nullptr) {
@@ -252,7 +255,7 @@ struct BatchBlock90 {
       ptx::WaitForPrevious();
       ChooseLevels(choice, levels);
     } else {
-      ptx::WaitForPrevious();
+      if (!AreKnown()) ptx::WaitForPrevious();
       ReadLevels(levels);
     }
     const ColumnOrder of_tokens = OrderColumns<N>(levels, lane, TokensAt());

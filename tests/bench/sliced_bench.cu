@@ -95,14 +95,15 @@ class Timer {
     std::mt19937 random(3);
     for (uint8_t& l : levels) l = static_cast<uint8_t>(level != 0 ? level : 1 + random() % 4);
     CHECK_CUDA(cudaMemcpy(levels_.data, levels.data(), levels.size(), cudaMemcpyHostToDevice));
+    levels_stride_ = level != 0 ? 0 : max_tokens_;
   }
 
   void Launch(int linear, int set, int tokens) {
     const Linear& shape = kLayer[linear];
-    CHECK_CUDA(
-        LaunchSlicedMatmul(machine_.launch, Tensor::Of(x_.data, DType::kF16, tokens, shape.cols),
-                           weights_[set * kLayer.size() + linear].view, levels_.data, max_tokens_,
-                           Tensor::Of(out_.data, DType::kF16, tokens, RowsOf(shape))));
+    CHECK_CUDA(LaunchSlicedMatmul(
+        machine_.launch, Tensor::Of(x_.data, DType::kF16, tokens, shape.cols),
+        weights_[set * kLayer.size() + linear].view, levels_.data, levels_stride_,
+        Tensor::Of(out_.data, DType::kF16, tokens, RowsOf(shape))));
   }
 
   double Decoder(int tokens, SlicedMatmulPath path, int replays = 15) {
@@ -132,6 +133,7 @@ class Timer {
   std::vector<Weight> weights_;
   Device<uint16_t> x_, out_;
   Device<uint8_t> levels_;
+  int levels_stride_ = 0;  // 0: of pinned tokens
 };
 
 double DecoderBytes(double level) {
