@@ -347,10 +347,13 @@ absl::Status EngineImpl::Step() {
   return absl::OkStatus();
 }
 
-// The decodes of a coherent step share levels, so any of them tells its bits.
+// The decodes of a coherent step share levels, so any of them that a price decides tells its bits.
 void EngineImpl::CountCoherent(const StepResult& result, const PrecisionTarget& target) {
-  if (result.chunks.empty() || result.chunks.front().regime != Regime::kCoherent) return;
-  counters_.tracked[Regime::kCoherent].Add(1, result.chunks.front().last_effective_bits,
+  const auto priced = std::find_if(
+      result.chunks.begin(), result.chunks.end(),
+      [](const auto& chunk) { return chunk.regime == Regime::kCoherent && chunk.tracked; });
+  if (priced == result.chunks.end()) return;
+  counters_.tracked[Regime::kCoherent].Add(1, priced->last_effective_bits,
                                            result.coherent_target_bits,
                                            target.log_price_trim[Regime::kCoherent]);
 }

@@ -184,6 +184,9 @@ struct EngineOptions {
   // A prompt reads one level everywhere, the lowest with the bits asked for (WholeLevel): where
   // arithmetic bounds prompts, several levels in one step cost more time than they save.
   bool whole_level_prompts = false;
+  // The same of decodes: where a router costs more time than the bits between two levels save. A
+  // step whose tokens all do routes nothing.
+  bool whole_level_decodes = false;
   // Slices lend their memory to KV blocks while those are short.
   ResidencyOptions residency;
 };

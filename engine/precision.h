@@ -60,8 +60,8 @@ struct Prices {
                          int num_coherent = 1, int max_level = kNumLevels) const;
 };
 
-// The one level at which all linears read a prompt that need not choose token by token: the lowest
-// with the bits asked for, or max_level. 0: the request is pinned, or its band ends below.
+// The one level at which all linears read tokens that need not choose one by one: the lowest with
+// the bits asked for, or max_level. 0: the request is pinned, or its band ends below.
 int WholeLevel(const PrecisionBand& band, const PrecisionTarget& target,
                int max_level = kNumLevels);
 

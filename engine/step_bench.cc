@@ -40,6 +40,7 @@ absl::StatusOr<std::unique_ptr<StepBench>> StepBench::Create(const StepBenchOpti
   engine.max_num_batched_tokens = options.max_seqs * options.chunk + options.decodes;
   engine.coherent_decode = options.coherent;
   engine.whole_level_prompts = options.whole_level_prompts;
+  engine.whole_level_decodes = options.whole_level_decodes;
   const int blocks = (options.context + options.block_size - 1) / options.block_size;
   MOBI_ASSIGN_OR_RETURN(
       KvCache kv, KvCache::Create(model.config(), max_seqs * blocks, options.block_size, backend));
@@ -73,14 +74,17 @@ void StepBench::MakeSequences() {
   }
 }
 
+bool StepBench::Chooses(float bits) const {
+  if (!model_.routed() || bits <= kMinBits || bits >= kMaxBits) return false;
+  const bool prompts = options_.chunk > 1, decodes = options_.chunk == 1 || options_.decodes > 0;
+  return (prompts && !options_.whole_level_prompts) || (decodes && !options_.whole_level_decodes);
+}
+
 absl::Status StepBench::Set(int num_seqs, float bits) {
   num_seqs_ = num_seqs;
   target_.target_bits = bits;
   target_.log_price_trim = {};
-  const auto level = static_cast<int>(bits) / kSliceBits;
-  const bool is_level = level >= 1 && level <= kNumLevels && BitsOfLevel(level) == bits;
-  request_.spec.precision.level = is_level ? level : 0;
-  if (!model_.routed() || is_level) return Run();
+  if (!Chooses(bits)) return Run();
   const auto set_trim = [&](float trim) {
     for (const Regime regime : kRegimes) target_.log_price_trim[regime] = trim;
     return Run();

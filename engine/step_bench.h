@@ -26,6 +26,7 @@ struct StepBenchOptions {
   int block_size = 16;
   bool coherent = false;             // decodes share levels, see EngineOptions::coherent_decode
   bool whole_level_prompts = false;  // see EngineOptions
+  bool whole_level_decodes = false;
 };
 
 class StepBench {
@@ -35,10 +36,12 @@ class StepBench {
                                                            const Model& model,
                                                            const WeightSource& source);
 
-  // From now on steps have `num_seqs` sequences, at most max_seqs, and use `bits` on average: 2, 4,
-  // 6 and 8 read one level everywhere, between them the price is searched that comes nearest for
-  // all sequences that have a choice. Runs a few steps for that.
+  // From now on steps have `num_seqs` sequences, at most max_seqs, and use `bits` on average, as
+  // the engine does: 2 and 8 read one level everywhere, between them the price is searched that
+  // comes nearest for all sequences that have a choice. Runs a few steps for that.
   absl::Status Set(int num_seqs, float bits);
+  // Whether some sequences have a choice at these bits.
+  bool Chooses(float bits) const;
   // One step, waited for.
   absl::Status Run();
 

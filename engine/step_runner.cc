@@ -136,9 +136,9 @@ void StepRunner::AddChunk(int index, const PrecisionTarget& target, ChunkResult&
   const GenerationRequest& spec = sequence.request->spec;
   TokenPrecision precision = prices_.Resolve(spec.precision, target, result.regime,
                                              layout.key.num_coherent, layout.max_level);
-  const int whole = options_.whole_level_prompts && result.regime == Regime::kPrompt
-                        ? WholeLevel(spec.precision, target, layout.max_level)
-                        : 0;
+  const bool at_whole_levels =
+      chunk.decode ? options_.whole_level_decodes : options_.whole_level_prompts;
+  const int whole = at_whole_levels ? WholeLevel(spec.precision, target, layout.max_level) : 0;
   if (whole > 0) precision.min_level = precision.max_level = static_cast<uint8_t>(whole);
   const int first = layout.key.num_tokens, seq = layout.key.num_seqs;
   layout.first_row.push_back(first);

@@ -55,7 +55,8 @@ absl::StatusOr<std::vector<SurfaceRow>> MeasureSurface(
   MOBI_ASSIGN_OR_RETURN(const std::unique_ptr<StepBench> bench,
                         StepBench::Create({.max_seqs = options.sequences.back(),
                                            .context = options.context,
-                                           .coherent = options.coherent},
+                                           .coherent = options.coherent,
+                                           .whole_level_decodes = options.whole_level_decodes},
                                           model, source));
   std::vector<SurfaceRow> rows;
   Duration last{};

@@ -16,10 +16,12 @@
 namespace mobi {
 
 struct SurfaceOptions {
-  std::vector<float> bits = {2, 3, 4, 6, 8};
+  // Close to the ends, too: at an end no router runs, which is a step in the surface.
+  std::vector<float> bits = {2, 2.25f, 3, 4, 6, 7.75f, 8};
   std::vector<int> sequences = {1, 4, 16, 64};  // ascending
   int context = 256;
   bool coherent = false;
+  bool whole_level_decodes = false;
   // Least time for one number of sequences and bits.
   Duration per_point = std::chrono::milliseconds(100);
   // A number of sequences that would end later than this, by the pace of the one before, is left

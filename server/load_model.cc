@@ -19,6 +19,7 @@ absl::StatusOr<StepSurface> SurfaceOf(const LoadOptions& options, const Model& m
   constexpr int kContext = 256;
   SurfaceOptions surface;
   surface.coherent = options.engine.coherent_decode;
+  surface.whole_level_decodes = options.engine.whole_level_decodes;
   surface.context = std::min(kContext, model.max_positions());
   surface.limit = options.surface_limit;
   const int points = static_cast<int>(surface.bits.size() * surface.sequences.size());

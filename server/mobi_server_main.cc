@@ -55,6 +55,7 @@ ABSL_FLAG(double, residency_dwell_s, 10, "Least time between two changes of what
 ABSL_FLAG(bool, coherent_decode, false, "Decodes of a step share levels; for GPUs.");
 ABSL_FLAG(bool, whole_level_prompts, false,
           "Prompts read one level everywhere, the lowest with the bits asked for; for GPUs.");
+ABSL_FLAG(bool, whole_level_decodes, false, "The same of decodes; for GPUs.");
 ABSL_FLAG(int, max_waiting_requests, 256, "Queue length; beyond it RESOURCE_EXHAUSTED.");
 ABSL_FLAG(int, max_waiting_tokens, 1 << 18, "Prompt tokens in the queue.");
 ABSL_FLAG(double, max_expected_wait_s, 2, "Refuse at once what would wait longer.");
@@ -109,6 +110,7 @@ LoadOptions LoadOptionsFromFlags() {
   engine.residency.dwell = Seconds(absl::GetFlag(FLAGS_residency_dwell_s));
   engine.coherent_decode = absl::GetFlag(FLAGS_coherent_decode);
   engine.whole_level_prompts = absl::GetFlag(FLAGS_whole_level_prompts);
+  engine.whole_level_decodes = absl::GetFlag(FLAGS_whole_level_decodes);
   engine.max_waiting_requests = absl::GetFlag(FLAGS_max_waiting_requests);
   engine.max_waiting_tokens = absl::GetFlag(FLAGS_max_waiting_tokens);
   engine.max_expected_wait = Seconds(absl::GetFlag(FLAGS_max_expected_wait_s));

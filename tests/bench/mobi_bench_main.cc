@@ -40,6 +40,7 @@ ABSL_FLAG(std::vector<std::string>, sequences, {}, "sequences in a step (step, s
 ABSL_FLAG(int, chunk, 1, "tokens of each sequence in a step; 1: decodes, more: prompts (step)");
 ABSL_FLAG(int, decodes, 0, "sequences that decode beside those of --sequences (step)");
 ABSL_FLAG(bool, whole_level_prompts, false, "prompts read the next whole level (step)");
+ABSL_FLAG(bool, whole_level_decodes, false, "decodes read the next whole level (step, surface)");
 ABSL_FLAG(int, context, 512, "tokens that each sequence attends to (step, surface)");
 ABSL_FLAG(std::string, routing, "",
           "token: every token for itself; coherent: a step's tokens share levels; default: token "
@@ -142,6 +143,7 @@ absl::StatusOr<StepCommandOptions> StepOptions(bool on_cpu) {
   options.chunk = absl::GetFlag(FLAGS_chunk);
   options.decodes = absl::GetFlag(FLAGS_decodes);
   options.whole_level_prompts = absl::GetFlag(FLAGS_whole_level_prompts);
+  options.whole_level_decodes = absl::GetFlag(FLAGS_whole_level_decodes);
   const std::string routing = absl::GetFlag(FLAGS_routing);
   if (!routing.empty() && routing != "token" && routing != "coherent") {
     return absl::InvalidArgumentError(

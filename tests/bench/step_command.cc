@@ -25,7 +25,8 @@ absl::StatusOr<std::unique_ptr<StepBench>> CreateBench(const Model& model,
                             .chunk = options.chunk,
                             .decodes = options.decodes,
                             .coherent = options.coherent,
-                            .whole_level_prompts = options.whole_level_prompts},
+                            .whole_level_prompts = options.whole_level_prompts,
+                            .whole_level_decodes = options.whole_level_decodes},
                            model, source);
 }
 
@@ -77,10 +78,6 @@ absl::StatusOr<PartSeconds> PartsByOmission(StepBench& bench, PartsBackend& part
   return gains;
 }
 
-bool IsLevel(float bits) {
-  return bits == static_cast<int>(bits) && static_cast<int>(bits) % kSliceBits == 0;
-}
-
 void PrintHeader() {
   std::printf("%5s %6s %6s %5s %9s %9s %9s %9s %6s", "bits", "used", "loaded", "seqs", "ms", "best",
               "cpu", "floor", "ratio");
@@ -125,7 +122,7 @@ absl::StatusOr<Json> TimeCase(StepBench& bench, PartsBackend& parts, int sequenc
   PartSeconds seconds{};
   if (parts.name() == "cpu") {
     MOBI_ASSIGN_OR_RETURN(seconds, PartsByClock(bench, parts, options.seconds));
-  } else if (IsLevel(bits)) {
+  } else if (!bench.Chooses(bits)) {
     MOBI_ASSIGN_OR_RETURN(seconds, PartsByOmission(bench, parts, whole.median_s, options.seconds));
   } else {
     return row;  // without a part, routers would choose other levels
@@ -170,6 +167,7 @@ absl::StatusOr<Json> TimeSurface(const Model& model, const WeightSource& source,
                                .sequences = options.sequences,
                                .context = options.context,
                                .coherent = options.coherent,
+                               .whole_level_decodes = options.whole_level_decodes,
                                .per_point = std::chrono::duration_cast<Duration>(seconds)};
   MOBI_ASSIGN_OR_RETURN(const std::vector<SurfaceRow> rows,
                         MeasureSurface(model, source, surface, RealClock(), print_row));

@@ -21,6 +21,7 @@ struct StepCommandOptions {
   int decodes = 0;  // sequences that decode beside them (step)
   bool coherent = false;
   bool whole_level_prompts = false;  // (step)
+  bool whole_level_decodes = false;
   bool parts = true;
   bool print = true;            // a table while it runs
   double seconds = 1;           // least time per case

@@ -302,6 +302,36 @@ TEST_F(EngineTest, WholeLevelPromptsReadOneLevelAndDecodesChoose) {
   EXPECT_EQ(engine_->stats().tracked[Regime::kDecode].count, 39u);
 }
 
+TEST_F(EngineTest, WholeLevelDecodesReadOneLevel) {
+  for (const bool coherent : {false, true}) {
+    EngineOptions options;
+    options.coherent_decode = coherent;
+    options.whole_level_decodes = true;
+    Open(options);
+    engine_->SetPrecision({.target_bits = 3.0f});
+    const PrecisionBand bands[] = {{}, {.min_bits = 4.5f}, {.level = 4}, {.max_bits = 3.5f}};
+    constexpr int kDecodes = 39;
+    CollectingSink sinks[std::size(bands)];
+    for (size_t i = 0; i < std::size(bands); ++i) {
+      GenerationRequest request = Request(20, kDecodes + 1, static_cast<int>(i));
+      request.precision = bands[i];
+      ASSERT_TRUE(engine_->Submit(request, &sinks[i]).ok());
+    }
+    for (CollectingSink& sink : sinks) sink.Wait();
+    for (int step = 1; step <= kDecodes; ++step) {  // the first token is its prompt's
+      // Those that share levels read what one of them needs.
+      EXPECT_TRUE(sinks[0].bits[step] == 4 || (coherent && sinks[0].bits[step] == 6)) << step;
+      EXPECT_EQ(sinks[1].bits[step], 6) << step;
+      EXPECT_EQ(sinks[2].bits[step], 8) << step;
+    }
+    const EngineStats stats = engine_->stats();
+    EXPECT_EQ(stats.tracked[Regime::kDecode].count + stats.tracked[Regime::kCoherent].count,
+              kDecodes)
+        << "only the band that ends below the level is routed";
+    ExpectAllBlocksFree();
+  }
+}
+
 TEST_F(EngineTest, CoherentDecodesShareTheirBitsAndPinnedOnesKeepTheirOwn) {
   EngineOptions options;
   options.coherent_decode = true;

@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 #include "engine/synthetic_weights.h"
 #include "tests/engine/tiny_shape.h"
 
@@ -20,8 +22,11 @@ class StepBenchTest : public testing::Test {
     model_ = *std::move(model);
   }
 
-  std::unique_ptr<StepBench> Create(bool coherent) {
-    auto bench = StepBench::Create({.max_seqs = 4, .context = kContext, .coherent = coherent},
+  std::unique_ptr<StepBench> Create(bool coherent, bool whole_level_decodes = false) {
+    auto bench = StepBench::Create({.max_seqs = 4,
+                                    .context = kContext,
+                                    .coherent = coherent,
+                                    .whole_level_decodes = whole_level_decodes},
                                    *model_, *weights_);
     EXPECT_TRUE(bench.ok()) << bench.status();
     return *std::move(bench);
@@ -34,26 +39,40 @@ class StepBenchTest : public testing::Test {
 };
 
 TEST_F(StepBenchTest, WholeLevelsAreReadExactly) {
-  const auto bench = Create(/*coherent=*/true);
+  const auto bench = Create(/*coherent=*/true, /*whole_level_decodes=*/true);
   for (const int sequences : {1, 4}) {
     double bytes = 0;
     for (const float bits : {2.0f, 4.0f, 6.0f, 8.0f}) {
-      ASSERT_TRUE(bench->Set(sequences, bits).ok());
-      ASSERT_TRUE(bench->Run().ok());
-      EXPECT_FLOAT_EQ(bench->effective_bits(), bits);
-      // A range and an offset in 16 bits for every 128 weights come on top.
-      EXPECT_FLOAT_EQ(bench->loaded_bits(), bits + 32.0 / 128);
+      for (const float asked : {bits, bits - 0.7f}) {
+        ASSERT_TRUE(bench->Set(sequences, std::max(asked, 2.0f)).ok());
+        EXPECT_FALSE(bench->Chooses(asked));
+        ASSERT_TRUE(bench->Run().ok());
+        EXPECT_FLOAT_EQ(bench->effective_bits(), bits);
+        // A range and an offset in 16 bits for every 128 weights come on top.
+        EXPECT_FLOAT_EQ(bench->loaded_bits(), bits + 32.0 / 128);
+      }
       EXPECT_GT(bench->StepBytes(), bytes);
       bytes = bench->StepBytes();
     }
   }
 }
 
+TEST_F(StepBenchTest, TheEndsAreReadExactly) {
+  const auto bench = Create(/*coherent=*/true);
+  for (const float bits : {2.0f, 8.0f}) {
+    ASSERT_TRUE(bench->Set(4, bits).ok());
+    EXPECT_FLOAT_EQ(bench->effective_bits(), bits);
+    EXPECT_FLOAT_EQ(bench->loaded_bits(), bits + 32.0 / 128);
+    EXPECT_FALSE(bench->Chooses(bits));
+  }
+  EXPECT_TRUE(bench->Chooses(4));
+}
+
 TEST_F(StepBenchTest, BitsBetweenLevelsComeNear) {
   for (const bool coherent : {false, true}) {
     const auto bench = Create(coherent);
     for (const int sequences : {1, 4, 1}) {
-      for (const float bits : {2.5f, 3.0f, 5.0f, 7.0f}) {
+      for (const float bits : {2.5f, 3.0f, 4.0f, 5.0f, 7.0f}) {
         ASSERT_TRUE(bench->Set(sequences, bits).ok());
         EXPECT_NEAR(bench->effective_bits(), bits, 0.4) << sequences << " sequences";
         const double found = bench->effective_bits();
