@@ -142,6 +142,7 @@ struct RouteColumns {
     for (int i = 4 * static_cast<int>(threadIdx.x); i < count; i += 4 * kRouteThreads) {
       ptx::CopyAsync16(ptx::SharedAddress(norm + i), weights + i);
     }
+    ptx::CommitCopies();
   }
 };
 
