@@ -413,7 +413,7 @@ struct BatchWarp90 : BatchBlock90<N> {
           } else {
             MultiplyGroup<level>(from, i, y);
           }
-          this->ReleaseX(level == 0);
+          this->ReleaseX();
         }
         ReleaseStage<level>();
       }

@@ -107,11 +107,11 @@ struct BatchBlock90 {
 
   // ---- x, a group at a time for all warpgroups.
 
-  // By one thread. Of mixed levels each thread says for itself what it has written or read.
+  // By one thread. Each thread says for itself what it has read, and, of mixed levels, written.
   __device__ __forceinline__ void MakeBarriers(bool mixed) const {
     for (int i = 0; i < plan.x_stages; ++i) {
       ptx::BarrierInit(Full(i), mixed ? 128 : 1);
-      ptx::BarrierInit(Empty(i), (mixed ? 128 : 4) * units);
+      ptx::BarrierInit(Empty(i), 128 * units);
     }
     ptx::FenceBarrierInit();
   }
@@ -200,10 +200,9 @@ struct BatchBlock90 {
   int x_stage = 0;
   uint32_t x_parity = 0;
 
-  // This warp has read the group, and goes on to the next.
-  __device__ __forceinline__ void ReleaseX(bool mixed) {
-    if (!mixed) __syncwarp();
-    if (mixed || lane == 0) ptx::BarrierArrive(Empty(x_stage));
+  // This thread has read the group, and goes on to the next.
+  __device__ __forceinline__ void ReleaseX() {
+    ptx::BarrierArrive(Empty(x_stage));
     ++group;
     if (++x_stage == plan.x_stages) {
       x_stage = 0;

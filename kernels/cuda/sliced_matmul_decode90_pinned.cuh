@@ -19,7 +19,8 @@ struct PinnedDecode90 : Decode90Input<N, W, /*kAhead=*/false, /*kMoreWarps=*/0> 
   using Base::warp;
 
   __device__ __forceinline__ void Run() {
-    MakeBarriers();
+    if (warp == Base::kWarps - 1) MakeSquaresBarrier();
+    this->MakeBarriers();
     this->LoadNorm(this->tid, Base::kAllThreads);
     ptx::CommitCopies();
     ptx::ClusterArriveRelaxed();  // this block's barriers are ready
@@ -31,10 +32,14 @@ struct PinnedDecode90 : Decode90Input<N, W, /*kAhead=*/false, /*kMoreWarps=*/0> 
     this->RunAll();
   }
 
-  __device__ __forceinline__ void MakeBarriers() const {
-    if (this->tid == 0) Base::InitSquaresBarrier();
-    Base::MakeBarriers();
-    if (this->tid == 0) Base::ExpectSquares();
+  // By a warp, so that racecheck follows.
+  __device__ __forceinline__ void MakeSquaresBarrier() const {
+    if (this->lane == 0) {
+      Base::InitSquaresBarrier();
+      ptx::FenceBarrierInit();
+    }
+    __syncwarp();
+    if (this->lane == 0) Base::ExpectSquares();
   }
 
   __device__ __forceinline__ void MakeX() const {
