@@ -126,8 +126,8 @@ class Model {
     return sliced_lm_head_.has_value() ? sliced_lm_head_->weight.rows : config_.vocab_size;
   }
   // logits [n, vocab_size] fp32 of n rows of normalised hidden states; what lies between the rows
-  // is written, too. levels [n] of a sliced lm_head, in the backend's memory before
-  // the step; else not looked at.
+  // is written, too. levels [n] of a sliced lm_head, in the backend's memory before the step; else
+  // not looked at.
   void Logits(Tensor hidden, const uint8_t* levels, Tensor logits) const;
 
   const std::vector<DecoderLayer>& layers() const { return layers_; }

@@ -49,9 +49,9 @@ struct SlicedMatmulLaunch {
 cudaError_t FindClusterLimits(int compute_capability, int num_sms, int (&clusters)[4]);
 
 // x [num_tokens, cols] fp16 or bf16 -> out [num_tokens, rows] fp16, bf16 or fp32; fp32 sums.
-// levels[segment * levels_stride + token] in 1..4, on the device; with levels_stride 0 they are read
-// while the kernels before it still run. Only slices up to the highest
-// level of a segment in the batch (in a tile of tokens, for kPrefill) are read.
+// levels[segment * levels_stride + token] in 1..4, on the device; with levels_stride 0 they are
+// read while the kernels before it still run. Only slices up to the highest level of a segment in
+// the batch (in a tile of tokens, for kPrefill) are read.
 // cudaErrorInvalidValue: a shape, stride, alignment (x: 16 bytes, columns a multiple of
 // kGroupSize, segments of whole row tiles), dtype or workspace that the kernels cannot take.
 cudaError_t LaunchSlicedMatmul(const SlicedMatmulLaunch& launch, const Tensor& x,

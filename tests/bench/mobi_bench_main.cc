@@ -178,7 +178,7 @@ absl::StatusOr<Json> RunCommand(const std::string& command, const Model& model,
   out["routing"] = step.coherent ? "coherent" : "token";
   const std::vector<std::string> sequences = absl::GetFlag(FLAGS_sequences);
   if (command == "surface") {
-    MOBI_ASSIGN_OR_RETURN(step.bits, Bits({2, 3, 4, 5, 6, 8}));
+    MOBI_ASSIGN_OR_RETURN(step.bits, Bits({2, 2.25f, 3, 4, 5, 6, 7.75f, 8}));
     MOBI_ASSIGN_OR_RETURN(step.sequences, Counts(sequences, {1, 2, 4, 8, 16, 32, 64}, "sequences"));
     MOBI_ASSIGN_OR_RETURN(out["points"], TimeSurface(model, source, step));
     return out;
