@@ -264,6 +264,7 @@ void CudaBackend::Free(void* data) {
   EnterAlone();
   cudaSetDevice(device_.device);
   cudaStreamSynchronize(stream_);
+  graphs_->Clear();
   if (device_memory_.Free(data)) return;
   cudaFree(data);  // waits for the device; after a fault its error is the fault's
 }

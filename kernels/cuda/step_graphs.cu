@@ -4,10 +4,13 @@
 
 namespace mobi::cuda {
 
-StepGraphs::~StepGraphs() {
+StepGraphs::~StepGraphs() { Clear(); }
+
+void StepGraphs::Clear() {
   for (const Entry& entry : entries_) {
     if (entry.exec != nullptr) cudaGraphExecDestroy(entry.exec);
   }
+  entries_.clear();
 }
 
 cudaError_t StepGraphs::Run(const StepKey& key, cudaStream_t stream,

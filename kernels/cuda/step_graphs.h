@@ -24,6 +24,9 @@ class StepGraphs {
   // Enqueues the step, by calling `body` or by replaying it.
   cudaError_t Run(const StepKey& key, cudaStream_t stream, absl::FunctionRef<void()> body);
   bool capturing() const { return capturing_; }
+  // Forgets all records, of which none may still run: when memory goes, they may have pointers to
+  // it, and what comes next may have equal keys.
+  void Clear();
 
  private:
   static constexpr size_t kMaxGraphs = 64;
