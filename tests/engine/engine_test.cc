@@ -324,11 +324,11 @@ TEST_F(EngineTest, WholeLevelDecodesReadOneLevel) {
       EXPECT_EQ(sinks[1].bits[step], 6) << step;
       EXPECT_EQ(sinks[2].bits[step], 8) << step;
     }
+    ExpectAllBlocksFree();
     const EngineStats stats = engine_->stats();
     EXPECT_EQ(stats.tracked[Regime::kDecode].count + stats.tracked[Regime::kCoherent].count,
               kDecodes)
         << "only the band that ends below the level is routed";
-    ExpectAllBlocksFree();
   }
 }
 
