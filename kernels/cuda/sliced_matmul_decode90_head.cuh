@@ -65,9 +65,6 @@ using InputOfHead = Decode90Input<N, W, kRunsAhead<N>, kRunsAhead<N> ? 4 : 0>;
 template <int N, int W>
 struct Decode90Head : InputOfHead<N, W> {
   using Base = InputOfHead<N, W>;
-  using Base::first_group;
-  using Base::GroupOf;
-  using Base::Items;
   using Base::kAllWarps;
   using Base::kWarps;
   using Base::lane;
@@ -76,7 +73,6 @@ struct Decode90Head : InputOfHead<N, W> {
   using Base::rank;
   using Base::shared;
   using Base::tid;
-  using Base::TokenOf;
   using Base::turns;
   using Base::warp;
   using Head = RouteHead<N, W>;
