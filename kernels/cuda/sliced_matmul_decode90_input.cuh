@@ -12,6 +12,7 @@
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/route.cuh"
+#include "kernels/cuda/routed_matmul.h"
 #include "kernels/cuda/sliced_matmul_decode90.cuh"
 
 namespace mobi::cuda {
@@ -22,11 +23,11 @@ inline constexpr int kAllTurnCols = kRouteRanks * kTurnCols;  // of the cluster
 inline constexpr int kMeasuredAlone = 2;                      // tokens whose rows a block reads
 inline constexpr int kMaxNormTurns = 4;                       // of a norm's weight, held in shared
 
-// Host side: whether a kernel of up to 16 tokens can make this x.
+// Host side: whether a kernel of up to kMostFusedTokens can make this x.
 inline bool CanMakeInput90(const SlicedMatmulLaunch& launch, const RouteSource& source,
                            const Tensor& x) {
-  if (launch.clusters[kPartsLog] == 0 || x.dtype != DType::kF16 || x.rows < 1 || x.rows > 16 ||
-      x.cols % kAllTurnCols != 0 || !Vectorizable(x)) {
+  if (launch.clusters[kPartsLog] == 0 || x.dtype != DType::kF16 || x.rows < 1 ||
+      x.rows > kMostFusedTokens || x.cols % kAllTurnCols != 0 || !Vectorizable(x)) {
     return false;
   }
   switch (source.input) {
